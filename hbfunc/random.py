@@ -1,0 +1,164 @@
+"""Random numbers as pure functions of a key: counter-based Philox4x32-10.
+
+No generator, no hidden state: a key goes in, numbers come out, and the same key always gives the same numbers, under
+`torch.vmap`, `torch.compile` and `torch.func.grad`, on every device. Fresh numbers come from fresh keys:
+
+    key = hbfunc.random.key(seed)            # int64 [2], lives in the optimizer's state
+    step_key = fold_in(key, step)            # step: int or integer tensor
+    noise = normal(fold_in_name(step_key, "layer.0.weight"), (128, 64))
+
+Element i of a draw depends only on the key and on i, so a longer draw extends a shorter one. Integer bits are the same
+everywhere; floats made with log, sin and cos may differ between backends in the last place.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Random123), whose test vectors hold here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Word = Any  # an unsigned 32-bit word, [0, 2**32): a Python int or an int64 tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_DRAW, _FOLD = 0, 1  # last counter word: draws and derived keys never share a block
+
+
+def key(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Key of a seed: int64 [2], the low and the high 32 bits of the seed in two's complement.
+
+    A tensor seed must be 0-dim and integer (batches go through `torch.vmap`) and decides the device, unless given.
+    Raises TypeError for a seed of another dtype, ValueError for a tensor of another shape.
+    """
+    low, high = _words(seed, "seed")
+    if isinstance(low, Tensor):
+        return torch.stack([low, high]).to(device=device)
+    return torch.tensor([low, high], dtype=torch.int64, device=device)
+
+
+def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
+    """A new key from a key and a number (a step, an index): int64 [2]. `data` as the seed of `key`."""
+    words = philox((*_words(data, "data"), 0, _FOLD), (key[0], key[1]))
+    return torch.stack(words[:2])
+
+
+def fold_in_name(key: Tensor, name: str) -> Tensor:
+    """A new key from a key and a string, through the string's 32-bit FNV-1a hash (of its UTF-8 bytes)."""
+    return fold_in(key, _fnv1a(name))
+
+
+def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
+    """32 random bits per element: int64 of the given shape, uniform on [0, 2**32)."""
+    n = math.prod(shape)
+    return _interleave(_blocks(key, -(-n // 4)), n).reshape(shape)
+
+
+def uniform(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform on [0, 1): multiples of 2**-24 in float32, 2**-53 in float64, 2**-11 in float16, 2**-8 in bfloat16."""
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    if digits <= 32:
+        integers = bits(key, shape) >> (32 - digits)
+    else:
+        high, low = bits(key, (*shape, 2)).unbind(-1)
+        integers = (high << (digits - 32)) | (low >> (64 - digits))
+    return integers.to(dtype) * 2.0**-digits
+
+
+def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal by Box-Muller (both outputs used), always finite: |x| < 5.8 in float32, 8.6 in float64.
+
+    Computed in at least float32, then rounded to dtype.
+    """
+    n = math.prod(shape)
+    u = uniform(key, (-(-n // 2), 2), torch.promote_types(dtype, torch.float32))
+    radius = (-2 * torch.log1p(-u[:, 0])).sqrt()
+    angle = 2 * math.pi * u[:, 1]
+    return _interleave([radius * angle.cos(), radius * angle.sin()], n).reshape(shape).to(dtype)
+
+
+def rademacher(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+    """-1 or +1, each with probability 1/2."""
+    return (1 - 2 * (bits(key, shape) >> 31)).to(dtype)
+
+
+def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """True with probability p (a multiple of 2**-24; broadcast against shape): bool."""
+    return uniform(key, shape) < p
+
+
+def stochastic_round(x: Tensor, key: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Round x to one of its two bfloat16 neighbours, to the nearer one more often, so that the mean is x.
+
+    Representable values, infinities and NaN stay what they are; from the largest finite bfloat16 on, where the upper
+    neighbour is infinity, it rounds to nearest. float64 goes through the nearest float32, whose error is below the 16
+    bits that decide. Element i's draw depends only on (key, i). The derivative is 1 (straight-through).
+
+    Raises ValueError for a dtype other than bfloat16.
+    """
+    if dtype != torch.bfloat16:
+        raise ValueError(f"dtype: stochastic rounding goes to torch.bfloat16, got {dtype}")
+    value = x.detach().to(torch.float32)
+    n = value.numel()
+    words = _blocks(key, -(-n // 8))
+    draws = _interleave([half for word in words for half in (word & 0xFFFF, word >> 16)], n)
+    # bfloat16 is the upper half of a float32: add noise to the lower half, let it carry, and cut it off.
+    carried = value.view(torch.int32) + draws.reshape(x.shape).to(torch.int32)
+    rounded = (carried & ~0xFFFF).view(torch.float32)
+    below_max = value.abs() < torch.finfo(dtype).max  # False for NaN
+    result = torch.where(below_max, rounded, value).to(dtype)
+    # Minus (x - x) = +0 keeps every bit, the sign of zero included, and carries the derivative.
+    return result - torch.where(x.isfinite(), x.detach() - x, 0).to(dtype)
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """One block of four 32-bit words from a 128-bit counter and a 64-bit key, words broadcast. Ten rounds."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high2, low2 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
+    """High and low words of a 32 x 32 bit product, in 16-bit steps: nothing exceeds 2**49, so int64 never overflows."""
+    low = word * (constant & 0xFFFF)
+    middle = word * (constant >> 16) + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _blocks(key: Tensor, count: int) -> tuple[Word, Word, Word, Word]:
+    """The first `count` Philox blocks of a key: four int64 [count]."""
+    index = torch.arange(count, dtype=torch.int64, device=key.device)
+    return philox((index & _MASK, index >> 32, 0, _DRAW), (key[0], key[1]))
+
+
+def _interleave(parts: Sequence[Tensor], n: int) -> Tensor:
+    """parts[0][0], parts[1][0], ..., parts[0][1], ...: the first n."""
+    return torch.stack(tuple(parts), -1).reshape(-1)[:n]
+
+
+def _words(value: int | Tensor, argument: str) -> tuple[Word, Word]:
+    """Low and high 32 bits, in two's complement."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{argument}: expected an integer, got a tensor of {value.dtype}")
+        if value.ndim:
+            raise ValueError(f"{argument}: expected a 0-dim tensor, got shape {tuple(value.shape)}; use torch.vmap")
+        value = value.to(torch.int64)
+    return value & _MASK, (value >> 32) & _MASK
+
+
+def _fnv1a(text: str) -> int:
+    hashed = 0x811C9DC5
+    for byte in text.encode():
+        hashed = ((hashed ^ byte) * 0x01000193) & _MASK
+    return hashed
