@@ -61,13 +61,8 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
 
 def uniform(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
     """Uniform on [0, 1): multiples of 2**-24 in float32, 2**-53 in float64, 2**-11 in float16, 2**-8 in bfloat16."""
-    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
-    if digits <= 32:
-        integers = bits(key, shape) >> (32 - digits)
-    else:
-        high, low = bits(key, (*shape, 2)).unbind(-1)
-        integers = (high << (digits - 32)) | (low >> (64 - digits))
-    return integers.to(dtype) * 2.0**-digits
+    n = math.prod(shape)
+    return _interleave(_uniforms(key, n, dtype), n).reshape(shape)
 
 
 def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,10 +71,12 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
     Computed in at least float32, then rounded to dtype.
     """
     n = math.prod(shape)
-    u = uniform(key, (-(-n // 2), 2), torch.promote_types(dtype, torch.float32))
-    radius = (-2 * torch.log1p(-u[:, 0])).sqrt()
-    angle = 2 * math.pi * u[:, 1]
-    return _interleave([radius * angle.cos(), radius * angle.sin()], n).reshape(shape).to(dtype)
+    u = _uniforms(key, n, torch.promote_types(dtype, torch.float32))
+    parts = []
+    for u1, u2 in zip(u[::2], u[1::2], strict=True):
+        radius, angle = (-2 * torch.log1p(-u1)).sqrt(), 2 * math.pi * u2
+        parts += [radius * angle.cos(), radius * angle.sin()]
+    return _interleave(parts, n).reshape(shape).to(dtype)
 
 
 def rademacher(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -106,9 +103,9 @@ def stochastic_round(x: Tensor, key: Tensor, dtype: torch.dtype = torch.bfloat16
     value = x.detach().to(torch.float32)
     n = value.numel()
     words = _blocks(key, -(-n // 8))
-    draws = _interleave([half for word in words for half in (word & 0xFFFF, word >> 16)], n)
+    draws = _interleave([half.to(torch.int32) for word in words for half in (word & 0xFFFF, word >> 16)], n)
     # bfloat16 is the upper half of a float32: add noise to the lower half, let it carry, and cut it off.
-    carried = value.view(torch.int32) + draws.reshape(x.shape).to(torch.int32)
+    carried = value.view(torch.int32) + draws.reshape(x.shape)
     rounded = (carried & ~0xFFFF).view(torch.float32)
     below_max = value.abs() < torch.finfo(dtype).max  # False for NaN
     result = torch.where(below_max, rounded, value).to(dtype)
@@ -139,6 +136,17 @@ def _blocks(key: Tensor, count: int) -> tuple[Word, Word, Word, Word]:
     """The first `count` Philox blocks of a key: four int64 [count]."""
     index = torch.arange(count, dtype=torch.int64, device=key.device)
     return philox((index & _MASK, index >> 32, 0, _DRAW), (key[0], key[1]))
+
+
+def _uniforms(key: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
+    """At least n numbers in [0, 1), to be interleaved: one per word, or one per two words beyond 32 digits."""
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    if digits <= 32:
+        integers = [word >> (32 - digits) for word in _blocks(key, -(-n // 4))]
+    else:
+        a, b, c, d = _blocks(key, -(-n // 2))
+        integers = [(high << (digits - 32)) | (low >> (64 - digits)) for high, low in ((a, b), (c, d))]
+    return [i.to(dtype) * 2.0**-digits for i in integers]
 
 
 def _interleave(parts: Sequence[Tensor], n: int) -> Tensor:
