@@ -1,0 +1,178 @@
+"""`python -m hbfunc.race`: which optimizer trains this network best, and at which learning rate?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from hbfunc.race import report
+from hbfunc.race.recipes import DEFAULT, recipes
+from hbfunc.race.tasks import TASKS, Task
+from hbfunc.race.train import Plan, train
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake in the arguments gets one line on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"hbfunc.race: {message}\n")
+
+
+def a_number(what: str, parse: Callable[[str], Any], accept: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type; a word that does not parse, or is not accepted, gives "invalid <what> value"."""
+
+    def convert(word: str) -> Any:
+        value = parse(word)
+        if not accept(value):
+            raise ValueError
+        return value
+
+    convert.__name__ = what
+    return convert
+
+
+def spaced(low: float, high: float, count: int) -> list[float]:
+    """`count` numbers from low to high, evenly spaced in the logarithm."""
+    return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+
+
+def low_high_count(word: str) -> tuple[float, float, int]:
+    low, high, count = word.split(":")
+    return float(low), float(high), int(count)
+
+
+positive = a_number("positive number", float, lambda x: 0 < x < math.inf)
+count = a_number("positive integer", int, lambda n: n > 0)
+seed = a_number("seed (0 to 2**32 - 1)", int, lambda n: 0 <= n < 2**32)
+grid = a_number(
+    "LOW:HIGH:COUNT (0 < LOW < HIGH, COUNT > 1)",
+    low_high_count,
+    lambda g: 0 < g[0] < g[1] < math.inf and g[2] > 1,
+)
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m hbfunc.race", description=__doc__, allow_abbrev=False)
+    add = p.add_argument
+    add("--task", default="digits", choices=list(TASKS), help="an MLP on digits, or a transformer on Python source")
+    known = f"of: {', '.join(recipes())} (default: {' '.join(DEFAULT)})"
+    add("--optimizers", nargs="+", default=list(DEFAULT), metavar="NAME", help=known)
+    rates = p.add_mutually_exclusive_group()
+    rates.add_argument("--lrs", nargs="+", type=positive, metavar="LR", help="the learning rates to try")
+    rates.add_argument(
+        "--lr-grid", type=grid, metavar="LOW:HIGH:COUNT", help="the same, spaced evenly in the logarithm"
+    )
+    add("--repeats", type=count, help="initialisations per learning rate; the scores are means over them")
+    add("--steps", type=count, help="training steps")
+    add("--batch-size", type=count)
+    add("--seed", type=seed, default=0, help="of the initialisations and the batches (default: 0)")
+    add("--target", type=positive, help="the score to reach")
+    add("--rank-by", choices=["score", "steps"], default="score", help="the final score, or the steps to the target")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--compile", action="store_true", help="torch.compile the step: faster steps, after a slow first one")
+    add("--threads", type=count, help="CPU threads")
+    add("--out", type=Path, metavar="PATH", help="the picture, or a folder for it (default: race-TASK.png)")
+    add("--json", type=Path, metavar="PATH", help="write everything measured here")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the race that `argv` describes; returns the exit status. A mistake in the arguments exits with one line."""
+    p = parser()
+    args = p.parse_args(argv)
+    entries = recipes()
+    if unknown := [name for name in args.optimizers if name not in entries]:
+        p.error(f"unknown optimizer {', '.join(unknown)}; known: {', '.join(entries)}")
+    if twice := [name for i, name in enumerate(args.optimizers) if name in args.optimizers[:i]]:
+        p.error(f"--optimizers names {twice[0]} twice")
+    device = a_device(p, args.device)
+    modules = ["matplotlib", "tqdm"] + ["sklearn"] * (args.task == "digits")
+    if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
+        extra = "python -m pip install 'hbfunc[demo]', or '.[demo]' in a clone"
+        p.exit(1, f"hbfunc.race: {', '.join(missing)} missing; install the extra: {extra}\n")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        task = TASKS[args.task](device)
+    except OSError as error:
+        p.exit(1, f"hbfunc.race: no data for {args.task}: {error}\n")
+
+    target = args.target or task.target
+    if task.fraction and target > 1:
+        p.error(f"--target {target:g}: the {task.metric} of {task.name} is a fraction, at most 1")
+    picture = args.out or Path(f"race-{task.name}.png")
+    picture = picture if picture.suffix == ".png" else picture / f"race-{task.name}.png"
+    for path in filter(None, (picture, args.json)):
+        writable(p, path)
+    plan = Plan(
+        lrs=sorted(set(args.lrs or spaced(*(args.lr_grid or task.lrs)))),
+        steps=args.steps or task.steps,
+        batch_size=args.batch_size or task.batch_size,
+        seed=args.seed,
+        repeats=args.repeats or task.repeats,
+        device=str(device),
+        compile=args.compile,
+    )
+    ranked, steps = run(task, args.optimizers, plan, target, args.rank_by)
+
+    each = f"{len(plan.lrs)} learning rates" + f" x {plan.repeats} initialisations" * (plan.repeats > 1)
+    print(f"\n{task.name}: {each} per optimizer, {plan.steps} steps of batch {plan.batch_size}")
+    print(f"{task.metric}, ranked by {'final score' if args.rank_by == 'score' else 'steps to the target'}\n")
+    print(report.table(task, ranked, target))
+    report.draw(task, ranked, steps, target, picture)
+    print(f"\npicture: {picture}")
+    if args.json:
+        setup = plan._asdict() | {"rank_by": args.rank_by, "threads": torch.get_num_threads()}
+        setup |= {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
+        data = report.as_json(task, ranked, steps, target, setup)
+        args.json.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        print(f"json:    {args.json}")
+    return 0
+
+
+def run(
+    task: Task, names: list[str], plan: Plan, target: float, by: report.Criterion
+) -> tuple[list[report.Result], list[int]]:
+    """Train with each optimizer, under a progress bar; the ranked results, and the steps that they were scored at."""
+    from tqdm import tqdm
+
+    entries, results, steps = recipes(), [], []
+    with tqdm(total=len(names) * plan.steps, unit="step", dynamic_ncols=True) as bar:
+        for name in names:
+            bar.set_description(name)
+            curves = train(task, entries[name], plan, tick=bar.update)
+            results.append(report.summarize(task, name, plan.lrs, curves, target, by))
+            steps = curves.steps
+    return report.ranking(task, results, by), steps
+
+
+def a_device(p: Parser, name: str) -> torch.device:
+    """The device of that name, if this machine has it."""
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        p.error(f"--device {name}: {str(error).splitlines()[0]}")
+    return device
+
+
+def writable(p: Parser, path: Path) -> None:
+    """Say now, and not after the race, that a file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        p.error(f"cannot write {path}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
