@@ -1,0 +1,138 @@
+"""Kronecker-factored preconditioners fitted on the group of triangular matrices (PSGD-Kron).
+
+P = kron(Q_1^T Q_1, ..., Q_r^T Q_r) minimises E[g^T P g + v^T P^-1 v] over gradients g and normal probes v, so that
+P approaches (E[g g^T])^-1/2: a whitening, found without inverses of covariances. Li 2015, arXiv 1512.04202; Pooladzandi
+and Li 2024, arXiv 2402.04553.
+
+A tensor is a stack x [..., d1, ..., dr]. It has r factors, each upper triangular [..., d, d] or diagonal [..., d]; the
+functions that see no x are told the number of leading dimensions. Norms and maxima are taken per stacked tensor. The
+caller chooses the dtype: float32 or float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hbfunc.linalg.modes import map_rows, multiply, outer_product, rows
+
+# Step sizes are relative to the curvature met. Where all gradients are zero the factors grow, and the curvature falls;
+# with this floor they stop where P is still finite in float32.
+_SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
+
+
+def apply(qs: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The preconditioned x: kron(Q^T Q) x, [..., d1, ..., dr]."""
+    return _whiten(qs, _whiten(qs, x), transposed=True)
+
+
+def gram(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
+    """The factors Q^T Q of P (diagonal: q^2), for `apply_gram`."""
+    return [q * q if _is_diagonal(q, lead) else q.transpose(-2, -1) @ q for q in qs]
+
+
+def apply_gram(ps: Sequence[Tensor], x: Tensor) -> Tensor:
+    """`apply` from the factors that `gram` made."""
+    return _whiten(ps, x)
+
+
+def damp(g: Tensor, noise: Tensor, lead: int = 1) -> Tensor:
+    """g plus noise of relative size sqrt(eps32): it bounds the condition of what `fit` learns. Zero stays zero."""
+    size = math.sqrt(torch.finfo(torch.float32).eps) / math.prod(g.shape[lead:])
+    return g + size * torch.linalg.vector_norm(g, dim=tuple(range(lead, g.ndim)), keepdim=True) * noise
+
+
+def fit(qs: Sequence[Tensor], g: Tensor, v: Tensor, precond_lr: float | Tensor) -> list[Tensor]:
+    """One step of the factors towards whitening g, with a normal probe v, both [..., d1, ..., dr].
+
+    With A = kron(Q) g, B = kron(Q^-T) v and T1, T2 their outer products along a mode:
+    Q <- Q - precond_lr triu(T1 - T2) Q / |T1 + T2|, diagonal q <- q - precond_lr (T1 - T2) q / max|T1 + T2|, where
+    |.| is a lower bound of the spectral norm. Damp g first. Finite for g = 0.
+    """
+    a, b = _whiten(qs, g), _unwhiten(qs, v)
+    lead = g.ndim - len(qs)
+    return [_step(q, a, b, mode, len(qs), precond_lr, _is_diagonal(q, lead)) for mode, q in enumerate(qs)]
+
+
+def norm_lower_bound(m: Tensor) -> Tensor:
+    """A lower bound of the spectral norms of m [..., n, n], shape [...], within sqrt(n) of them and mostly tight.
+
+    One pass of power iteration from the largest column, on m scaled by its largest entry. Zero gives zero.
+    """
+    largest = m.abs().amax((-2, -1), keepdim=True)
+    m = m / largest.clamp(min=torch.finfo(m.dtype).tiny)
+    index = torch.linalg.vector_norm(m, dim=-2, keepdim=True).argmax(-1, keepdim=True)
+    column = m.gather(-1, index.expand(*m.shape[:-1], 1))
+    y = m.transpose(-2, -1) @ column
+    y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
+    return (largest * torch.linalg.vector_norm(m @ y, dim=-2, keepdim=True))[..., 0, 0]
+
+
+def balance(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
+    """The same P from factors whose largest entries agree, at their geometric mean: none of them overflows alone."""
+    if len(qs) == 1:
+        return list(qs)
+    largest = torch.stack([q.abs().flatten(lead).amax(-1) for q in qs])
+    scales = (largest ** (1 / len(qs))).prod(0) / largest
+    return [q * scale.reshape(scale.shape + (1,) * (q.ndim - lead)) for q, scale in zip(qs, scales, strict=True)]
+
+
+def pack(q: Tensor) -> Tensor:
+    """The upper triangle of q [..., n, n], row by row: [..., n (n + 1) / 2]. No rounding."""
+    n = q.shape[-1]
+    i, j = torch.triu_indices(n, n, device=q.device)
+    return q.flatten(-2)[..., i * n + j]
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """The inverse of `pack`: [..., n, n] with zeros below the diagonal."""
+    i = torch.arange(n, device=packed.device).unsqueeze(-1)
+    j = torch.maximum(i, torch.arange(n, device=packed.device))
+    return packed[..., i * (2 * n - 1 - i) // 2 + j].triu()
+
+
+def _whiten(qs: Sequence[Tensor], x: Tensor, transposed: bool = False) -> Tensor:
+    """kron(Q) x, or kron(Q^T) x."""
+    lead = x.ndim - len(qs)
+    matrices: list[Tensor | None] = []
+    for mode, q in enumerate(qs):
+        if _is_diagonal(q, lead):
+            x = x * _along(q, mode, len(qs))
+            matrices.append(None)
+        else:
+            matrices.append(q if transposed else q.transpose(-2, -1))
+    return multiply(x, matrices)
+
+
+def _unwhiten(qs: Sequence[Tensor], x: Tensor) -> Tensor:
+    """kron(Q^-T) x."""
+    lead = x.ndim - len(qs)
+    for mode, q in enumerate(qs):
+        if _is_diagonal(q, lead):
+            x = x / _along(q, mode, len(qs))
+        else:
+            solve = partial(torch.linalg.solve_triangular, q, upper=True, left=False)
+            x = map_rows(solve, x, mode, len(qs))
+    return x
+
+
+def _step(q: Tensor, a: Tensor, b: Tensor, mode: int, order: int, lr: float | Tensor, diagonal: bool) -> Tensor:
+    if diagonal:
+        t1, t2 = rows(a, mode, order).square().sum(-2), rows(b, mode, order).square().sum(-2)
+        return q - lr * (t1 - t2) * q / (t1 + t2).amax(-1, keepdim=True).clamp(min=_SMALLEST)
+    t1, t2 = outer_product(a, mode, order), outer_product(b, mode, order)
+    norm = norm_lower_bound(t1 + t2).clamp(min=_SMALLEST)[..., None, None]
+    return q - lr * ((t1 - t2).triu() / norm) @ q
+
+
+def _along(q: Tensor, mode: int, order: int) -> Tensor:
+    """A diagonal [..., d] shaped to multiply a mode of [..., d1, ..., dr]."""
+    return q.reshape(*q.shape[:-1], *mode * (1,), q.shape[-1], *(order - 1 - mode) * (1,))
+
+
+def _is_diagonal(q: Tensor, lead: int) -> bool:
+    return q.ndim == lead + 1

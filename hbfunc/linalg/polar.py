@@ -1,0 +1,80 @@
+"""The orthogonal polar factor: U V^T of x = U S V^T, which keeps the directions of a matrix and levels their strengths.
+
+Newton-Schulz methods apply an odd polynomial to the singular values, five times, with matrix products only:
+X <- a X + (b A + c A^2) X, A = X X^T. They leave zero directions at zero and bring the others close to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+# Jordan et al. 2024, "Muon": steepest at 0, at the price of values that end anywhere in [0.68, 1.13].
+_QUINTIC: Coefficients = 5 * ((3.4445, -4.7750, 2.0315),)
+
+# Amsel et al. 2025, "The Polar Express", arXiv 2505.16932: the best polynomial of each step for what the last one left.
+_POLAR_EXPRESS: Coefficients = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(x: Tensor, method: str = "newtonschulz") -> Tensor:
+    """The polar factor of each matrix in x [..., m, n], in the shape and dtype of x. Zero matrices give zero.
+
+    method: what becomes of the singular values in [0.01, 1], relative to the Frobenius norm
+        "newtonschulz"   within [.682, 1.134]; computed in bfloat16, in float64 for float64
+        "polar_express"  within [.859, 1.141]; computed in bfloat16, in float64 for float64
+        "svd"            exactly 1, and 0 below the rounding error of the largest; computed in at least float32
+        "qr"             another name of "newtonschulz": a QR factor would not be the polar factor
+
+    Raises ValueError for another method, or for fewer than two dimensions.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, _METHODS))}")
+    if x.ndim < 2:
+        raise ValueError(f"x: expected a matrix or a stack of them, [..., m, n], got shape {tuple(x.shape)}")
+    return _METHODS[method](x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
+def _newton_schulz(x: Tensor) -> Tensor:
+    return _iterate(x / (_norm(x) + 1e-7), _QUINTIC)
+
+
+def _polar_express(x: Tensor) -> Tensor:
+    return _iterate(x / (1.02 * _norm(x) + 1e-6), _POLAR_EXPRESS)
+
+
+def _svd(x: Tensor) -> Tensor:
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    rounding = s[..., :1] * (max(x.shape[-2:]) * torch.finfo(x.dtype).eps)
+    return (u * (s > rounding).unsqueeze(-2)) @ vh
+
+
+_METHODS: dict[str, Callable[[Tensor], Tensor]] = {
+    "newtonschulz": _newton_schulz,
+    "polar_express": _polar_express,
+    "svd": _svd,
+    "qr": _newton_schulz,
+}
+
+
+def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
+    tall = x.shape[-2] > x.shape[-1]  # A is the smaller Gram matrix
+    x = x if x.dtype == torch.float64 else x.to(torch.bfloat16)
+    x = x.transpose(-2, -1) if tall else x
+    for a, b, c in coefficients:
+        gram = x @ x.transpose(-2, -1)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(-2, -1) if tall else x
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(x, keepdim=True)
