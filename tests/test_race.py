@@ -44,7 +44,7 @@ def stack(trees):
 
 def test_lanes_equal_torch_optim(digits):
     """Every lane of adamw is torch.optim.AdamW at that learning rate, on the same batches, in float64."""
-    entry, lrs = Entry(lambda lr: hbfunc.adamw(lr=lr, eps=1e-12)), [1e-4, 1e-3, 1e-2]
+    entry, lrs = Entry(lambda lr: hbfunc.adamw(lr=lr, eps=1e-16)), [1e-4, 1e-3, 1e-2]
     params = {name: p.double() for name, p in digits.initial(3).items()}
     state = stack([entry.make(lr).init(params) for lr in lrs])
     many = stack([params] * len(lrs))
@@ -53,7 +53,7 @@ def test_lanes_equal_torch_optim(digits):
     for model in models:
         model.load_state_dict(params)
     peers = [
-        torch.optim.AdamW(m.parameters(), lr, (0.9, 0.99), eps=1e-12, weight_decay=0)
+        torch.optim.AdamW(m.parameters(), lr, (0.9, 0.99), eps=1e-16, weight_decay=0)
         for m, lr in zip(models, lrs, strict=True)
     ]
     batches = torch.Generator().manual_seed(0)
