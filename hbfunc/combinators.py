@@ -1,0 +1,269 @@
+"""Transforms made of transforms: what other libraries thread through every rule as flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
+from hbfunc.transform import (
+    Flat,
+    Layout,
+    Leaves,
+    State,
+    Transform,
+    Tree,
+    apply_updates,
+    chain,
+    check_number,
+    compute_dtype,
+    flatten,
+    kept,
+    transform,
+    zeros,
+)
+from hbfunc.transforms.adaptive import ema
+
+
+def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) -> Transform:
+    """The transform `factory(**values)` with its numbers in the state, as 0-dim tensors under "hyper".
+
+    The transform is rebuilt from the state at every update, so a value written there persists, one compiled graph serves
+    every value, `torch.vmap` over the state is a sweep, and `torch.func.grad` with respect to it a hypergradient.
+    Floats and 0-dim tensors are numbers; choices (bool, int, str), schedules and other objects stay in the closure.
+    Numbers take the dtype of the computation, integer tensors keep theirs.
+
+        tx = with_hyperparameters(lambda lr: chain(scale_by_adam(), scale_by_learning_rate(lr)), lr=1e-3)
+        state["hyper"]["lr"] = torch.tensor(1e-4)
+    """
+    numbers = {k: v for k, v in values.items() if isinstance(v, (float, Tensor))}
+    choices = {k: v for k, v in values.items() if k not in numbers}
+    built = factory(**values)
+
+    def init(params: Leaves) -> State:
+        double = any(p.dtype == torch.float64 for p in params.values())
+        device = next((p.device for p in params.values()), None)
+        dtype = torch.float64 if double else torch.float32
+        hyper = {k: _number(v, dtype, device) for k, v in numbers.items()}
+        return {"hyper": hyper, **factory(**choices, **hyper).init(params)}
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        inner = {k: v for k, v in state.items() if k != "hyper"}
+        updates, inner = factory(**choices, **state["hyper"]).update(inner, updates, params, **extras)
+        return updates, {"hyper": state["hyper"], **inner}
+
+    return transform(init, update, built.name, built.needs, built.layout)
+
+
+def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=dtype, device=device)
+    return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+
+
+def masked(inner: Transform, mask: Callable[[str, Tensor], bool] | Tree) -> Transform:
+    """Apply `inner` to the leaves that `mask` selects; the updates of the others pass through unchanged.
+
+    mask: a function (path, parameter) -> bool, or a tree of bools with the structure of the parameters.
+    """
+    return _restricted(inner, lambda params: _labels(params, mask, "mask"), True)
+
+
+def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor], str] | Tree) -> Transform:
+    """One transform per label, each over its own leaves only.
+
+    labels: a function (path, parameter) -> label, or a tree of labels with the structure of the parameters.
+    Raises ValueError naming the leaf whose label has no transform.
+
+        partition({"matrix": muon(), "rest": adamw()}, lambda path, p: "matrix" if p.ndim == 2 else "rest")
+    """
+
+    def label(params: Leaves) -> dict[str, Any]:
+        found = _labels(params, labels, "labels")
+        for k, v in found.items():
+            if v not in transforms:
+                raise ValueError(
+                    f"labels gives params[{k!r}] {v!r}: expected one of {', '.join(map(repr, transforms))}"
+                )
+        return found
+
+    parts = [_restricted(t, label, name)._replace(name=name) for name, t in transforms.items()]
+    return chain(*parts, name="partition")
+
+
+def _labels(params: Leaves, labels: Any, what: str) -> dict[str, Any]:
+    if callable(labels):
+        return {k: labels(k, p) for k, p in params.items()}
+    flat, _ = flatten(labels, what)
+    for k in params:
+        if k not in flat:
+            raise ValueError(f"{what} has no entry for params[{k!r}]: expected the structure of params")
+    return {k: flat[k] for k in params}
+
+
+def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wanted: Any) -> Transform:
+    def select(params: Flat) -> Leaves:
+        labels = label(Leaves(params))
+        return Leaves({k: p for k, p in params.items() if labels[k] == wanted})
+
+    def init(params: Leaves) -> State:
+        return inner.init(select(params))
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        mine = select(params)
+        if extras.get("grads") is not None:
+            extras["grads"] = {k: g for k, g in extras["grads"].items() if k in mine}
+        if extras.get("curvature") is not None:
+            product, rest = extras["curvature"], zeros({k: p for k, p in params.items() if k not in mine})
+            extras["curvature"] = lambda v: {k: h for k, h in product({**rest, **v}).items() if k in mine}
+        new, state = inner.update(state, {k: u for k, u in updates.items() if k in mine}, mine, **extras)
+        return {k: new.get(k, u) for k, u in updates.items()}, state
+
+    def layout(params: Flat) -> Layout:
+        assert inner.layout is not None
+        return inner.layout(select(params))
+
+    return transform(init, update, inner.name, inner.needs, layout if inner.layout else None)
+
+
+def cautious(inner: Transform, scale: bool = True) -> Transform:
+    """Cautious updates (Liang et al. 2024, arXiv 2411.16085): `inner`, then `caution`."""
+    return chain(inner, caution(scale), name=inner.name)
+
+
+def caution(scale: bool = True) -> Transform:
+    """Zero the entries of u whose sign differs from that of the raw gradient; per tensor, multiply the others by
+    numel / max(kept, 1), unless `scale` is False."""
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, *, grads: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], State]:
+        new = {}
+        for k, u in updates.items():
+            agree = torch.sign(u) == torch.sign(grads[k])
+            factor = u.numel() / agree.sum(dtype=u.dtype).clamp(min=1) if scale else 1.0
+            new[k] = torch.where(agree, u, 0) * factor
+        return new, {}
+
+    return transform(lambda params: {}, update, "caution", needs=("grads",))
+
+
+def mars(inner: Transform, gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9) -> Transform:
+    """MARS (Yuan et al. 2024, arXiv 2411.10438): `inner` fed with variance-reduced gradients, see `mars_correction`."""
+    return chain(mars_correction(gamma, beta1), inner, name=inner.name)
+
+
+def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9) -> Transform:
+    """g + gamma * beta1 / (1 - beta1) * (g - g_prev), with g_prev the previous raw gradient, 0 at first.
+
+    Equation 5 of MARS (arXiv 2411.10438) with the previous gradient in place of a second evaluation.
+    """
+    check_number("mars_gamma", gamma, 0, float("inf"))
+    check_number("beta1", beta1, 0, 1, open_high=True)
+
+    def init(params: Leaves) -> State:
+        return {"previous": zeros(params)}
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        factor = gamma * beta1 / (1 - beta1)
+        return (
+            {k: g + factor * (g - state["previous"][k]) for k, g in updates.items()},
+            kept(state, previous=dict(updates)),
+        )
+
+    return transform(init, update, "mars")
+
+
+def apply_if_finite(inner: Transform) -> Transform:
+    """`inner`, unless any entry of any gradient is infinite or NaN: then zero updates and an unchanged state.
+
+    Decided in the graph, without a look at the value from Python. The state counts the skipped steps: "skipped".
+    """
+
+    def init(params: Leaves) -> State:
+        device = next((p.device for p in params.values()), None)
+        return {"skipped": torch.zeros((), dtype=torch.int64, device=device), "inner": inner.init(params)}
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        ok = torch.ones((), dtype=torch.bool, device=state["skipped"].device)
+        for u in updates.values():
+            ok = ok & torch.isfinite(u).all()
+        new, after = inner.update(state["inner"], updates, params, **extras)
+        skipped = state["skipped"] + torch.where(ok, 0, 1)
+        return _select(ok, new, zeros(new)), {"skipped": skipped, "inner": _select(ok, after, state["inner"])}
+
+    return transform(init, update, "apply_if_finite", inner.needs, _nested(inner, "inner"))
+
+
+def accumulate(inner: Transform, steps: int) -> Transform:
+    """Average the gradients of `steps` calls, then apply `inner` once; the other calls return zero updates.
+
+    Pure and of one shape, so that it compiles and maps: `inner` is computed at every call and selected at the last.
+    Raises ValueError unless steps is a positive int.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: expected a positive int")
+
+    def init(params: Leaves) -> State:
+        device = next((p.device for p in params.values()), None)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        return {"count": count, "mean": zeros(params), "inner": inner.init(params)}
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        count = state["count"] + 1
+        last = count % steps == 0
+        mean = {k: state["mean"][k] + u / steps for k, u in updates.items()}
+        if extras.get("grads") is not None:
+            extras["grads"] = mean
+        new, after = inner.update(state["inner"], mean, params, **extras)
+        rest = _select(last, zeros(mean), mean)
+        return _select(last, new, zeros(new)), {
+            "count": count,
+            "mean": {**state["mean"], **rest},
+            "inner": _select(last, after, state["inner"]),
+        }
+
+    return transform(init, update, "accumulate", inner.needs, _nested(inner, "inner"))
+
+
+def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
+    """`inner`, and a debiased exponential average of the parameters after each step: state["ema"], by path."""
+    check_number("decay", decay, 0, 1, open_high=True)
+
+    def init(params: Leaves) -> State:
+        return {"count": count_zeros(params), "ema": zeros(params), "inner": inner.init(params)}
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        updates, after = inner.update(state["inner"], updates, params, **extras)
+        t = increment(state["count"], updates)
+        (w,) = per_leaf(t, updates, lambda t: [ema_weight(decay, t)])
+        moved = apply_updates(params, {k: updates.get(k) for k in params})
+        average = {k: ema(state["ema"][k], moved[k].to(compute_dtype(moved[k])), w[k]) for k in updates}
+        return updates, kept({**state, "inner": {}}, count=t, ema=average) | {"inner": after}
+
+    return transform(init, update, "with_ema", inner.needs, _nested(inner, "inner"))
+
+
+def _select(condition: Tensor, new: Any, old: Any) -> Any:
+    """new where the condition holds, else old, over nested dicts of tensors."""
+    if isinstance(new, dict):
+        return {k: _select(condition, new[k], old[k]) for k in new}
+    return torch.where(condition, new, old)
+
+
+def _nested(inner: Transform, key: str) -> Callable[[Flat], Layout] | None:
+    layout = inner.layout
+    return None if layout is None else lambda params: {key: layout(params)}

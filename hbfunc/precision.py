@@ -1,0 +1,106 @@
+"""Compute in float32, store in less: keyed stochastic rounding of states and of low-precision parameters.
+
+Rounding to nearest loses every change smaller than half a unit in the last place, which in bfloat16 (8 bits) is most
+of them. Rounding up with the probability of the fraction keeps the expectation (Zamirai et al. 2020, arXiv 2010.06192).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc import random
+from hbfunc.schedules import count_zeros, increment
+from hbfunc.transform import Flat, Leaves, State, Transform, compute_dtype, kept, transform
+
+STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | Tensor = 0) -> Transform:
+    """`inner` with its per-parameter tensors stored in `storage_dtype`, rounded stochastically from a key in the state.
+
+    "float32" stores what is computed (float64 for float64 parameters). Scalars and stacks of matrices stay as they are.
+    Raises ValueError for another name.
+    """
+    if storage_dtype not in STORAGE:
+        raise ValueError(f"storage_dtype={storage_dtype!r}: expected one of {', '.join(map(repr, STORAGE))}")
+    if storage_dtype == "float32":
+        return inner
+    dtype = STORAGE[storage_dtype]
+
+    def init(params: Leaves) -> State:
+        state = map_parameter_state(inner.init(params), params, lambda path, where, x: x.to(dtype))
+        return {**state, "storage": _keyed(params, seed)} if params else state
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        if not params:
+            return inner.update(state, updates, params, **extras)
+        keyed = state["storage"]
+        full = {k: v for k, v in state.items() if k != "storage"}
+        full = map_parameter_state(full, params, lambda path, where, x: x.to(compute_dtype(params[path])))
+        present = updates
+        updates, new = inner.update(full, updates, params, **extras)
+        t = increment(keyed["count"], present)
+
+        def store(path: str, where: str, x: Tensor) -> Tensor:
+            if path not in present:
+                return x.to(dtype)
+            return random.stochastic_round(x, _key(keyed["key"], t[path], path, where), dtype)
+
+        return updates, {**map_parameter_state(new, params, store), "storage": kept(keyed, count=t)}
+
+    return transform(init, update, inner.name, inner.needs, inner.layout)
+
+
+def round_to_parameters(seed: int | Tensor = 0) -> Transform:
+    """Last in a chain: changes the updates so that bfloat16 parameters plus updates is the stochastically rounded sum.
+
+    Parameters of other dtypes are left alone, and without bfloat16 ones there is no state.
+    """
+
+    def low(params: Flat) -> dict[str, Tensor]:
+        return {k: p for k, p in params.items() if p.dtype == torch.bfloat16}
+
+    def init(params: Leaves) -> State:
+        return _keyed(low(params), seed) if low(params) else {}
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        mine = {k: u for k, u in updates.items() if k in low(params)}
+        if not mine:
+            return updates, state
+        t = increment(state["count"], mine)
+        rounded = {}
+        for k, u in mine.items():
+            p = params[k].to(u.dtype)
+            # The difference of two bfloat16 numbers, so that the sum, rounded to nearest, is the number meant.
+            rounded[k] = random.stochastic_round(p + u, _key(state["key"], t[k], k, "param")).to(u.dtype) - p
+        return {**updates, **rounded}, kept(state, count=t)
+
+    return transform(init, update, "rounding")
+
+
+def _keyed(params: Flat, seed: int | Tensor) -> State:
+    key = random.key(seed).to(next(iter(params.values())).device)
+    return {"key": key, "count": count_zeros(params)}
+
+
+def _key(key: Tensor, count: Tensor, path: str, what: str) -> Tensor:
+    return random.fold_in_name(random.fold_in(key, count), f"{path}/{what}")
+
+
+def map_parameter_state(state: State, params: Flat, fn: Callable[[str, str, Tensor], Tensor], where: str = "") -> State:
+    """fn(path, place in the state, tensor) over the state tensors that have the shape of a parameter of ndim >= 1."""
+    new: State = {}
+    for k, v in state.items():
+        if isinstance(v, dict):
+            new[k] = map_parameter_state(v, params, fn, f"{where}/{k}")
+        elif k in params and v.ndim and v.shape == params[k].shape and v.is_floating_point():
+            new[k] = fn(k, where, v)
+        else:
+            new[k] = v
+    return new

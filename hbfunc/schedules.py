@@ -1,0 +1,108 @@
+"""Schedules: pure functions from the step t = 1, 2, ... to a value, wherever a number is expected.
+
+`t` is a float64 vector with the count of every leaf, so a parameter that gets its first gradient late starts at t = 1.
+
+    scale_by_learning_rate(warmup(1e-3, 100))
+    scale_by_adam(beta2=palm_beta2(0.8))
+    adamw(lr=lambda t: 1e-3 * torch.rsqrt(t))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc.transform import Flat, check_number
+
+Schedule = Callable[[Tensor], Tensor]
+Number = float | Tensor | Schedule
+
+
+class Decay:
+    """A schedule for an average's decay that is used as it is: an average that it drives is not debiased again."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.schedule(t)
+
+
+def at(value: Number, t: Tensor) -> Any:
+    """The value at step t of a number or schedule."""
+    return value(t) if callable(value) else value
+
+
+def warmup(value: Number, steps: int) -> Number:
+    """Linear warmup: value * min(1, t / steps). The value itself for steps = 0."""
+    check_number("warmup_steps", steps, 0, float("inf"))
+    if isinstance(steps, (int, float)) and steps == 0:
+        return value
+    return lambda t: at(value, t) * torch.clamp(t / steps, max=1)
+
+
+def palm_beta2(scale: Number = 0.8) -> Decay:
+    """PaLM's second-moment decay 1 - t^(-scale): 0 at t = 1 (Chowdhery et al. 2022, arXiv 2204.02311, section 5)."""
+    check_number("beta2_scale", scale, 0, float("inf"))
+    return Decay(lambda t: 1 - t ** -at(scale, t))
+
+
+def after_first(value: Number) -> Schedule:
+    """0 at t = 1, then `value`: for rules whose first step gathers statistics and moves nothing, decay included."""
+    return lambda t: torch.where(t > 1, at(value, t), torch.zeros_like(t))
+
+
+def ema_weight(beta: Number, t: Tensor) -> Tensor:
+    """Weight of the newest sample in an exponential average that is kept debiased: (1 - beta) / (1 - beta^t).
+
+    m <- m + (x - m) * weight equals the raw average over 1 - beta^t (Kingma & Ba 2015, section 3) exactly.
+    """
+    decay = at(beta, t)
+    if isinstance(beta, Decay):
+        return 1 - decay + torch.zeros_like(t)
+    return (1 - decay) / (1 - decay**t)
+
+
+def per_leaf(counts: Flat, like: Flat, fn: Callable[[Tensor], Sequence[Any]]) -> list[dict[str, Tensor]]:
+    """Scalars that depend on each leaf's count: `fn` maps the float64 vector of counts of the leaves in `like` to
+    vectors; one dict of 0-dim tensors for each comes back, in the dtype of the leaves.
+
+    All leaves at once, so that a thousand small tensors cost a handful of scalar operations, and behind an opaque
+    operation, so that a compiler does not recompute beta**t for every element of every tensor.
+    """
+    if not like:
+        return [{} for _ in fn(torch.ones(0, dtype=torch.float64))]
+    paths = list(like)
+    t = torch.stack([counts[k] for k in paths]).to(torch.float64)
+    dtype = torch.float64 if any(like[k].dtype == torch.float64 for k in paths) else torch.float32
+    columns = [x.to(torch.float64).expand(t.shape) if isinstance(x, Tensor) else torch.full_like(t, x) for x in fn(t)]
+    rows = materialize(torch.stack(columns).to(dtype))
+    return [{k: x.to(like[k].dtype) for k, x in zip(paths, row.unbind(), strict=True)} for row in rows.unbind()]
+
+
+def count_zeros(params: Flat) -> dict[str, Tensor]:
+    """One int64 count per leaf, of the gradients it has seen."""
+    return {k: torch.zeros((), dtype=torch.int64, device=p.device) for k, p in params.items()}
+
+
+def increment(counts: Flat, updates: Flat) -> dict[str, Tensor]:
+    """Counts of the leaves that have an update now, plus one."""
+    return {k: counts[k] + 1 for k in updates}
+
+
+def materialize(x: Tensor) -> Tensor:
+    """x, computed once and stored: a compiler cannot fuse through it."""
+    return _materialize(x) if torch.compiler.is_compiling() else x
+
+
+@torch.library.custom_op("hbfunc::materialize", mutates_args=())
+def _materialize(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+_materialize.register_fake(torch.empty_like)
+_materialize.register_autograd(lambda ctx, grad: grad)
+_materialize.register_vmap(lambda info, in_dims, x: (_materialize(x), in_dims[0]))

@@ -1,0 +1,222 @@
+"""The contract: a rule is a pair of pure functions over a tree of parameters.
+
+    init(params) -> state
+    update(state, grads, params) -> (updates, new_state)        params = apply_updates(params, updates)
+
+The state is nested dicts of tensors, so it saves, shards, stacks and maps like any other data:
+
+    tx = chain(scale_by_adam(0.9, 0.99), scale_by_learning_rate(1e-3))
+    state = tx.init(params)
+    updates, state = tx.update(state, grads, params)
+    params = apply_updates(params, updates)
+
+Users may hold parameters in any nesting of containers. The outermost transform flattens once: every tree inside is
+a flat dict from path to tensor (`Leaves`), for instance "layer.0.weight", and a gradient that is None is a missing key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+Tree = Any
+State = dict[str, Any]
+Flat = Mapping[str, Tensor]
+Layout = dict[str, Any]
+
+
+class Transform(NamedTuple):
+    """A gradient transformation.
+
+    init: params -> state, a dict complete from the start: its keys, shapes and dtypes never change.
+    update: (state, grads, params, **extras) -> (updates, new_state), pure; updates are added to the parameters.
+    name: key of its state inside a chain.
+    needs: extras it asks the chain for: "grads" (the raw gradients), "refresh" (None, True, False or "first": whether
+        expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product).
+    layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
+        down to the stacks, of tuples of paths (one per row). None: the state has no stacks.
+    """
+
+    init: Callable[..., State]
+    update: Callable[..., tuple[Tree, State]]
+    name: str
+    needs: tuple[str, ...] = ()
+    layout: Callable[[Flat], Layout] | None = None
+
+
+class Leaves(dict[str, Tensor]):
+    """A tree that is flat already, sorted by path. Its type tells an inner transform from the outermost one."""
+
+
+def flatten(tree: Tree, what: str = "params") -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Tree]]:
+    """Leaves of `tree` by path, None included, and the function that puts such leaves back into its containers."""
+    paths, leaves, spec = optree.tree_flatten_with_path(tree, none_is_leaf=True)
+    names = [".".join([str(entry) for entry in path]) if path else "param" for path in paths]
+    flat = dict(zip(names, leaves, strict=True))
+    if len(flat) != len(names):
+        twice = next(n for i, n in enumerate(names) if n in names[:i])
+        raise ValueError(f"{what} has two leaves at {what}[{twice!r}]: paths must differ once joined by dots")
+    return flat, lambda values: optree.tree_unflatten(spec, [values.get(name) for name in names])
+
+
+def flat_params(tree: Tree) -> tuple[Leaves, Callable[[Mapping[str, Any]], Tree]]:
+    """Parameters as `Leaves`, and the way back. Raises TypeError for a leaf that is no real floating tensor."""
+    if isinstance(tree, Leaves):
+        return tree, dict
+    flat, back = flatten(tree)
+    for path, leaf in flat.items():
+        if leaf is not None and not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            hint = "; pass torch.view_as_real of it" if isinstance(leaf, Tensor) and leaf.is_complex() else ""
+            raise TypeError(f"params[{path!r}] is {kind}, expected a floating point tensor or None{hint}")
+    return Leaves({path: flat[path] for path in sorted(flat) if flat[path] is not None}), back
+
+
+def flat_like(params: Leaves, tree: Tree, what: str = "grads") -> dict[str, Tensor]:
+    """`tree`, which has the structure and shapes of `params`, flat and in the dtype of the computation, less its Nones.
+
+    Raises ValueError naming the first path at which the two differ.
+    """
+    flat, _ = flatten(tree, what)
+    for path in sorted({*flat, *params}):
+        if path not in flat:
+            raise ValueError(
+                f"{what} has no leaf for params[{path!r}]: expected the structure of params, None for no gradient"
+            )
+        leaf = flat[path]
+        if leaf is None:
+            continue
+        if path not in params:
+            raise ValueError(f"{what}[{path!r}] has no parameter: expected the structure of params")
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{what}[{path!r}] is {type(leaf).__name__}, expected a tensor or None")
+        if leaf.shape != params[path].shape:
+            raise ValueError(
+                f"{what}[{path!r}] has shape {tuple(leaf.shape)}, "
+                f"expected {tuple(params[path].shape)}, that of params[{path!r}]"
+            )
+    return {path: flat[path].to(compute_dtype(params[path])) for path in params if flat[path] is not None}
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 computes in float64, everything else in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def transform(
+    init: Callable[[Leaves], State],
+    update: Callable[..., tuple[dict[str, Tensor], State]],
+    name: str,
+    needs: tuple[str, ...] = (),
+    layout: Callable[[Flat], Layout] | None = None,
+) -> Transform:
+    """A Transform over any tree, from functions over `Leaves`. Inside a chain, where trees are flat, it costs nothing."""
+
+    def init_tree(params: Tree) -> State:
+        return init(flat_params(params)[0])
+
+    def update_tree(state: State, grads: Tree, params: Tree, /, **extras: Any) -> tuple[Tree, State]:
+        if isinstance(params, Leaves):
+            return update(state, grads, params, **extras)
+        flat, back = flat_params(params)
+        if extras.get("grads") is not None:
+            extras["grads"] = flat_like(flat, extras["grads"])
+        if extras.get("curvature") is not None:
+            product = extras["curvature"]
+            extras["curvature"] = lambda v: flat_like(flat, product(back(v)), "curvature(v)")
+        updates, new = update(state, flat_like(flat, grads), flat, **extras)
+        return back(updates), new
+
+    if not torch.compiler.is_compiling():
+        # torch.compile counts its (few) permitted recompilations per code object: without one of their own, the tenth
+        # optimizer that a process compiles would fail for the first nine.
+        update_tree.__code__ = update_tree.__code__.replace(co_name=f"{name}_update")
+    return Transform(init_tree, update_tree, name, needs, layout)
+
+
+def chain(*transforms: Transform, name: str = "chain") -> Transform:
+    """Feed each transform's updates to the next. The state is a dict keyed by their names (a second one gets "_2").
+
+    A chain is itself a Transform. Raises TypeError when an argument is none.
+    """
+    for t in transforms:
+        if not isinstance(t, Transform):
+            raise TypeError(f"chain expects transforms, got {t!r}: call the factory, as in chain(scale_by_adam(), ...)")
+    names = _unique([t.name for t in transforms])
+    needs = tuple(sorted({need for t in transforms for need in t.needs}))
+
+    def init(params: Leaves) -> State:
+        states = {n: t.init(params) for n, t in zip(names, transforms, strict=True)}
+        return {n: s for n, s in states.items() if s}
+
+    def update(
+        state: State,
+        updates: dict[str, Tensor],
+        params: Leaves,
+        *,
+        grads: dict[str, Tensor] | None = None,
+        refresh: bool | str | None = None,
+        curvature: Callable[[Tree], Tree] | None = None,
+    ) -> tuple[dict[str, Tensor], State]:
+        extras = {"grads": updates if grads is None else grads, "refresh": refresh, "curvature": curvature}
+        new = {}
+        for n, t in zip(names, transforms, strict=True):
+            updates, s = t.update(state.get(n, {}), updates, params, **{need: extras[need] for need in t.needs})
+            if s:
+                new[n] = s
+        return updates, new
+
+    def layout(params: Flat) -> Layout:
+        return {n: t.layout(params) for n, t in zip(names, transforms, strict=True) if t.layout is not None}
+
+    return transform(init, update, name, needs, layout if any(t.layout for t in transforms) else None)
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [n if names[:i].count(n) == 0 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
+
+
+def stateless(name: str, fn: Callable[[Tensor], Tensor]) -> Transform:
+    """The transform that maps every leaf of the updates by `fn` and keeps nothing."""
+    return transform(
+        lambda params: {}, lambda state, updates, params: ({k: fn(u) for k, u in updates.items()}, {}), name
+    )
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """params + updates, leaf by leaf, summed in float32 (float64 for float64) and kept in the dtype of the parameters.
+
+    A leaf whose update is None stays as it is. Raises ValueError naming the first path at which the trees differ.
+    """
+    flat, back = flat_params(params)
+    added = flat_like(flat, updates, "updates")
+    return back({k: (p.to(compute_dtype(p)) + added[k]).to(p.dtype) if k in added else p for k, p in flat.items()})
+
+
+def kept(state: State, **new: Any) -> State:
+    """`state` with the leaves in `new` replaced: the leaves without a gradient, absent from `new`, keep their state."""
+    return {**state, **{k: {**state[k], **v} if isinstance(v, dict) else v for k, v in new.items()}}
+
+
+def zeros(params: Flat) -> dict[str, Tensor]:
+    """Zeros like each parameter, in the dtype of the computation."""
+    return {k: torch.zeros_like(p, dtype=compute_dtype(p)) for k, p in params.items()}
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise ValueError unless the Python number `value` lies in the range. Tensors and schedules are not looked at."""
+    if isinstance(value, Tensor) or callable(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name}={value!r}: expected a number, a 0-dim tensor or a schedule, got {type(value).__name__}"
+        )
+    if not ((low < value if open_low else low <= value) and (value < high if open_high else value <= high)):
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{name}={value!r}: expected a number in {left}{low}, {high}{right}")

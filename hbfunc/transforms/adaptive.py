@@ -1,0 +1,103 @@
+"""Rules that divide by a running root mean square: RMSprop, Adam, LaProp, ADOPT.
+
+Averages are kept debiased (`ema_weight`), in the dtype of the computation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
+from hbfunc.transform import Leaves, State, Transform, check_number, kept, transform, zeros
+
+
+def ema(average: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The average moved towards x by `weight`."""
+    return average + (x - average) * weight
+
+
+def denominator(v: Tensor, eps: float | Tensor) -> Tensor:
+    """max(sqrt(v), eps), as the root of a clamp: its derivative at v = 0 is 0, where that of the root is infinite."""
+    tiny = torch.finfo(v.dtype).tiny
+    floor = torch.clamp(eps * eps, min=tiny) if isinstance(eps, Tensor) else max(eps * eps, tiny)
+    return torch.sqrt(torch.clamp(v, min=floor))
+
+
+def check_adam(beta1: Number, beta2: Number, eps: float | Tensor) -> None:
+    check_number("beta1", beta1, 0, 1, open_high=True)
+    check_number("beta2", beta2, 0, 1, open_high=True)
+    check_number("eps", eps, 0, float("inf"))
+
+
+def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
+    """RMSprop (Hinton 2012, lecture 6e), debiased: u / max(sqrt(v), eps) with v the average of u^2."""
+    check_adam(0.0, beta2, eps)
+
+    def init(params: Leaves) -> State:
+        return {"count": count_zeros(params), "exp_avg_sq": zeros(params)}
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        t = increment(state["count"], updates)
+        (w,) = per_leaf(t, updates, lambda t: [ema_weight(beta2, t)])
+        v = {k: ema(state["exp_avg_sq"][k], u * u, w[k]) for k, u in updates.items()}
+        return {k: u / denominator(v[k], eps) for k, u in updates.items()}, kept(state, count=t, exp_avg_sq=v)
+
+    return transform(init, update, "scale_by_exp_avg_sq")
+
+
+def scale_by_adam(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), with max(sqrt(v), eps) in place of sqrt(v) + eps."""
+    check_adam(beta1, beta2, eps)
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        t = increment(state["count"], updates)
+        w1, w2 = per_leaf(t, updates, lambda t: [ema_weight(beta1, t), ema_weight(beta2, t)])
+        m = {k: ema(state["exp_avg"][k], u, w1[k]) for k, u in updates.items()}
+        v = {k: ema(state["exp_avg_sq"][k], u * u, w2[k]) for k, u in updates.items()}
+        return {k: m[k] / denominator(v[k], eps) for k in updates}, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
+
+    return transform(two_moments, update, "scale_by_adam")
+
+
+def scale_by_laprop(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839, algorithm 1): the average of the normalised gradient."""
+    check_adam(beta1, beta2, eps)
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        t = increment(state["count"], updates)
+        w1, w2 = per_leaf(t, updates, lambda t: [ema_weight(beta1, t), ema_weight(beta2, t)])
+        v = {k: ema(state["exp_avg_sq"][k], u * u, w2[k]) for k, u in updates.items()}
+        m = {k: ema(state["exp_avg"][k], u / denominator(v[k], eps), w1[k]) for k, u in updates.items()}
+        return m, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
+
+    return transform(two_moments, update, "scale_by_laprop")
+
+
+def scale_by_adopt(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
+    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853, algorithm 2): normalise by the *previous* v, then average.
+
+    The first step sets v = u^2 and returns zeros. An element whose v is still 0 has had no gradient so far: it adds
+    nothing to m, where the literal rule would add u / eps.
+    """
+    check_adam(beta1, beta2, eps)
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        t = increment(state["count"], updates)
+        w1, w2 = per_leaf(
+            t, updates, lambda t: [torch.where(t > 1, ema_weight(beta1, (t - 1).clamp(min=1)), 0), ema_weight(beta2, t)]
+        )
+        m, v = {}, {}
+        for k, u in updates.items():
+            old = state["exp_avg_sq"][k]
+            normalised = torch.where(old > 0, u / denominator(old, eps), 0)
+            m[k] = ema(state["exp_avg"][k], normalised, w1[k])
+            v[k] = ema(old, u * u, w2[k])
+        return m, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
+
+    return transform(two_moments, update, "scale_by_adopt")
+
+
+def two_moments(params: Leaves) -> State:
+    """count, exp_avg and exp_avg_sq, all zero."""
+    return {"count": count_zeros(params), "exp_avg": zeros(params), "exp_avg_sq": zeros(params)}

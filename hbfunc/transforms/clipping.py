@@ -1,0 +1,119 @@
+"""Clipping and compression of updates, tensor by tensor: the functions, and the transforms made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hbfunc.transform import Leaves, State, Transform, check_number, stateless, transform
+
+Clip = Callable[[list[Tensor]], list[Tensor]]
+
+
+def l2(x: Tensor, clip_at: float = 1.0) -> Tensor:
+    """x * min(1, clip_at / |x|)."""
+    return x * _shrink(torch.linalg.vector_norm(x), clip_at)
+
+
+def rmsnorm(x: Tensor, clip_at: float = 1.0) -> Tensor:
+    """x * min(1, clip_at / rms(x)), rms the norm over the root of the number of elements."""
+    return x * _shrink(torch.linalg.vector_norm(x) / math.sqrt(max(x.numel(), 1)), clip_at)
+
+
+def _shrink(norm: Tensor, clip_at: float) -> Tensor:
+    return clip_at / torch.clamp(norm, min=clip_at)
+
+
+def mu_law(x: Tensor, mu: float = 127.0) -> Tensor:
+    """sgn(x) * ln(1 + mu |x|) / ln(1 + mu), the companding law of ITU-T G.711."""
+    return torch.sign(x) * torch.log1p(mu * x.abs()) / math.log1p(mu)
+
+
+def a_law(x: Tensor, A: float = 87.6) -> Tensor:
+    """sgn(x) * (a if a < 1 else 1 + ln a) / (1 + ln A) with a = A |x|, the companding law of ITU-T G.711."""
+    a = A * x.abs()
+    return torch.sign(x) * torch.where(a < 1, a, 1 + torch.log(a.clamp(min=1))) / (1 + math.log(A))
+
+
+def trust_region(x: Tensor, lerp: float = 0.9, scale: float = 1.5) -> Tensor:
+    """With y = x / scale, clamp(scale * ((1-lerp) * sgn(y) * ln(1+|y|) + lerp * tanh(y)), -2, 2)."""
+    y = x / scale
+    return torch.clamp(scale * ((1 - lerp) * torch.sign(y) * torch.log1p(y.abs()) + lerp * torch.tanh(y)), -2, 2)
+
+
+def l2_clip(clip_at: float = 1.0) -> Transform:
+    """Shrink every leaf to a norm of at most `clip_at`."""
+    check_number("clip_at", clip_at, 0, math.inf, open_low=True)
+    return stateless("l2_clip", lambda u: l2(u, clip_at))
+
+
+def rmsnorm_clip(clip_at: float = 1.0) -> Transform:
+    """Shrink every leaf to a root mean square of at most `clip_at`."""
+    check_number("clip_at", clip_at, 0, math.inf, open_low=True)
+    return stateless("rmsnorm_clip", lambda u: rmsnorm(u, clip_at))
+
+
+def mu_law_compress(mu: float = 127.0) -> Transform:
+    """Compress every element by the mu law."""
+    check_number("mu", mu, 0, math.inf, open_low=True)
+    return stateless("mu_law_compress", lambda u: mu_law(u, mu))
+
+
+def a_law_compress(A: float = 87.6) -> Transform:
+    """Compress every element by the A law."""
+    check_number("A", A, 1, math.inf)
+    return stateless("a_law_compress", lambda u: a_law(u, A))
+
+
+def trust_region_clip(lerp: float = 0.9, scale: float = 1.5) -> Transform:
+    """Squash every element smoothly into [-2, 2]; PSGD's default update clipping."""
+    check_number("lerp", lerp, 0, 1)
+    check_number("scale", scale, 0, math.inf, open_low=True)
+    return stateless("trust_region_clip", lambda u: trust_region(u, lerp, scale))
+
+
+def identity() -> Transform:
+    """Leave the updates as they are."""
+    return stateless("identity", lambda u: u)
+
+
+# The documented names; each gives the transform with its default arguments.
+BY_NAME: dict[str, Callable[[], Transform]] = {
+    "l2_clip_": l2_clip,
+    "rmsnorm_clip_": rmsnorm_clip,
+    "mu_law_compress": mu_law_compress,
+    "a_law_compress": a_law_compress,
+    "trust_region_clip_": trust_region_clip,
+    "identity": identity,
+}
+
+
+def clip_by(rule: str | Clip | Transform | None, argument: str = "gradient_clipping") -> Transform:
+    """The clipping transform for what `gradient_clipping` and `update_clipping` accept: a documented name, a pure
+    function of a list of tensors, a transform, or None for no clipping. Raises ValueError listing the known names.
+    """
+    if rule is None:
+        return identity()
+    if isinstance(rule, Transform):
+        return rule
+    if callable(rule):
+        return _by_function(rule, argument)
+    if rule not in BY_NAME:
+        raise ValueError(f"{argument}={rule!r}: expected None, a function, or one of {', '.join(BY_NAME)}")
+    return BY_NAME[rule]()
+
+
+def _by_function(rule: Clip, argument: str) -> Transform:
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        # Clones, because a function in the documented style may work in place.
+        clipped = rule([u.clone() for u in updates.values()])
+        if not isinstance(clipped, (list, tuple)) or len(clipped) != len(updates):
+            raise TypeError(
+                f"{argument}: expected the function to return a list of {len(updates)} tensors, got {clipped!r}"
+            )
+        return dict(zip(updates, clipped, strict=True)), {}
+
+    return transform(lambda params: {}, update, argument)

@@ -1,0 +1,52 @@
+"""Momenta: the debiased average, the heavy ball and Nesterov's look-ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, per_leaf
+from hbfunc.transform import Leaves, State, Transform, check_number, kept, transform, zeros
+from hbfunc.transforms.adaptive import ema
+
+
+def exp_avg(beta: Number = 0.9) -> Transform:
+    """The debiased exponential average of the updates."""
+    check_number("beta", beta, 0, 1, open_high=True)
+
+    def init(params: Leaves) -> State:
+        return {"count": count_zeros(params), "exp_avg": zeros(params)}
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        t = increment(state["count"], updates)
+        (w,) = per_leaf(t, updates, lambda t: [ema_weight(beta, t)])
+        m = {k: ema(state["exp_avg"][k], u, w[k]) for k, u in updates.items()}
+        return m, kept(state, count=t, exp_avg=m)
+
+    return transform(init, update, "exp_avg")
+
+
+def heavyball_momentum(beta: Number = 0.9) -> Transform:
+    """The heavy ball (Polyak 1964): s <- beta * s + u; the update is s."""
+    return _momentum("heavyball_momentum", beta, lambda u, s, beta: s)
+
+
+def nesterov_momentum(beta: Number = 0.9) -> Transform:
+    """Nesterov's momentum as in Sutskever et al. 2013: s <- beta * s + u; the update is u + beta * s."""
+    return _momentum("nesterov_momentum", beta, lambda u, s, beta: u + beta * s)
+
+
+def _momentum(name: str, beta: Number, look: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Transform:
+    check_number("beta", beta, 0, 1, open_high=True)
+
+    def init(params: Leaves) -> State:
+        return {"count": count_zeros(params), "momentum": zeros(params)}
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        t = increment(state["count"], updates)
+        (b,) = per_leaf(t, updates, lambda t: [at(beta, t)])
+        s = {k: b[k] * state["momentum"][k] + u for k, u in updates.items()}
+        return {k: look(u, s[k], b[k]) for k, u in updates.items()}, kept(state, count=t, momentum=s)
+
+    return transform(init, update, name)
