@@ -1,0 +1,90 @@
+"""The documents say what is true: their Python runs, and the names, files and options that they mention exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import hbfunc
+from hbfunc.race.__main__ import parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {p.name: p for p in [ROOT / "README.md", *(ROOT / "hbfunc/docs").glob("*.md")]}
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def exists(dotted: str) -> bool:
+    """Whether `hbfunc.a.b` is an attribute or a module."""
+    here = hbfunc
+    for i, name in enumerate(parts := dotted.split(".")[1:]):
+        if hasattr(here, name):
+            here = getattr(here, name)
+        elif importlib.util.find_spec("hbfunc." + ".".join(parts[: i + 1])) is not None:
+            here = importlib.import_module("hbfunc." + ".".join(parts[: i + 1]))
+        else:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in PAGES[p].read_text(encoding="utf-8")])
+def test_the_python_of_a_page_runs(page, monkeypatch):
+    """All blocks of a page, in order, in one namespace; traced as shown, but without waiting for a C++ compiler."""
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda fn=None, *, fullgraph=False, **_: compiler(fn, fullgraph=fullgraph, backend="aot_eager"),
+    )
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in re.findall(r"```python\n(.*?)```", PAGES[page].read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_names_of_a_page_exist(page):
+    names = set(re.findall(r"\bhbfunc(?:\.[A-Za-z_]\w*)+", PAGES[page].read_text(encoding="utf-8")))
+    assert [n for n in sorted(names) if not exists(n)] == []
+
+
+def test_the_tables_name_what_there_is():
+    """Every identifier in backticks in the README's list is public, and every optimizer class is in it."""
+    listed = set(re.findall(r"`([A-Za-z_]\w+)`", section("What is there")))
+    assert [n for n in sorted(listed) if not hasattr(hbfunc, n)] == []
+    public = {n: getattr(hbfunc, n) for n in hbfunc.__all__}
+    classes = {n for n, c in public.items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    assert sorted(classes - listed) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_somewhere(page):
+    text = PAGES[page].read_text(encoding="utf-8")
+    local = [t for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t]
+    assert [t for t in local if not (PAGES[page].parent / t.split("#")[0]).exists()] == []
+
+
+def test_the_layout_is_the_layout():
+    """Every file and folder of the tree that the README draws exists."""
+    _, *package, top = section("Contributing").split("```")[1].strip().splitlines()
+    paths = [ROOT / "hbfunc" / line.split()[0] for line in package] + [ROOT / name for name in top.split()]
+    assert [str(p) for p in paths if not p.exists()] == []
+
+
+def test_the_options_of_the_race_exist():
+    known = parser().format_help()
+    assert [o for o in re.findall(r"--[a-z][a-z-]*", section("The race")) if o not in known] == []
+
+
+def test_the_commands_are_the_ones_that_ci_runs():
+    """`.ci/run` takes its test command from the README; it must find exactly one."""
+    lines = [line for line in README.splitlines() if line.startswith("python -m pip install -e '.[test]' && ")]
+    assert lines == ["python -m pip install -e '.[test]' && python -m pytest -n 2"]
+    assert subprocess.run(["bash", "-n", ROOT / ".ci/run"], check=False).returncode == 0
