@@ -29,10 +29,10 @@ _POLAR_EXPRESS: Coefficients = (
 def orthogonalize(x: Tensor, method: str = "newtonschulz") -> Tensor:
     """The polar factor of each matrix in x [..., m, n], in the shape and dtype of x. Zero matrices give zero.
 
-    method: what becomes of the singular values in [0.01, 1], relative to the Frobenius norm
-        "newtonschulz"   within [.682, 1.134]; computed in bfloat16, in float64 for float64
-        "polar_express"  within [.859, 1.141]; computed in bfloat16, in float64 for float64
-        "svd"            exactly 1, and 0 below the rounding error of the largest; computed in at least float32
+    method: where the singular values go that are in [0.01, 1] relative to the Frobenius norm
+        "newtonschulz"   to [.682, 1.134]; computed in bfloat16 (which adds about .01), in float64 for float64
+        "polar_express"  to [.859, 1.141]; computed likewise
+        "svd"            to 1, those below the rounding error of the largest to 0; computed in at least float32
         "qr"             another name of "newtonschulz": a QR factor would not be the polar factor
 
     Raises ValueError for another method, or for fewer than two dimensions.
