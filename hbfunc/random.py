@@ -102,7 +102,7 @@ def stochastic_round(x: Tensor, key: Tensor, dtype: torch.dtype = torch.bfloat16
         raise ValueError(f"dtype: stochastic rounding goes to torch.bfloat16, got {dtype}")
     value = x.detach().to(torch.float32)
     n = value.numel()
-    words = _blocks(key, -(-n // 8))
+    words = _blocks(key.to(x.device), -(-n // 8))
     draws = _interleave([half.to(torch.int32) for word in words for half in (word & 0xFFFF, word >> 16)], n)
     # bfloat16 is the upper half of a float32: add noise to the lower half, let it carry, and cut it off.
     carried = value.view(torch.int32) + draws.reshape(x.shape)
