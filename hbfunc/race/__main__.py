@@ -99,8 +99,6 @@ def main(argv: list[str] | None = None) -> int:
     if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
         extra = "python -m pip install 'hbfunc[demo]', or '.[demo]' in a clone"
         p.exit(1, f"hbfunc.race: {', '.join(missing)} missing; install the extra: {extra}\n")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         task = TASKS[args.task](device)
     except OSError as error:
@@ -122,7 +120,12 @@ def main(argv: list[str] | None = None) -> int:
         device=str(device),
         compile=args.compile,
     )
-    ranked, steps = run(task, args.optimizers, plan, target, args.rank_by)
+    before, threads = torch.get_num_threads(), args.threads or task.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ranked, steps = run(task, args.optimizers, plan, target, args.rank_by)
+    finally:
+        torch.set_num_threads(before)
 
     each = f"{len(plan.lrs)} learning rates" + f" x {plan.repeats} initialisations" * (plan.repeats > 1)
     print(f"\n{task.name}: {each} per optimizer, {plan.steps} steps of batch {plan.batch_size}")
@@ -131,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     report.draw(task, ranked, steps, target, picture)
     print(f"\npicture: {picture}")
     if args.json:
-        setup = plan._asdict() | {"rank_by": args.rank_by, "threads": torch.get_num_threads()}
+        setup = plan._asdict() | {"rank_by": args.rank_by, "threads": threads}
         setup |= {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
         data = report.as_json(task, ranked, steps, target, setup)
         args.json.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

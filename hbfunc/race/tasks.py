@@ -40,6 +40,7 @@ class Task:
     batch_size: int
     lrs: tuple[float, float, int]  # the default grid: low, high, count
     repeats: int
+    threads: int | None  # CPU threads by default; None leaves that to torch
     facts: dict[str, str | int] = field(default_factory=dict)  # what a reader needs to know of the data, for the JSON
 
     def better(self, a: float, b: float) -> bool:
@@ -93,6 +94,7 @@ def digits(device: torch.device) -> Task:
         batch_size=128,
         lrs=(3e-4, 1e-1, 8),
         repeats=3,
+        threads=1,  # kernels this small lose more than they gain by being shared
         facts={"train": n, "valid": len(y) - n},
     )
 
@@ -163,6 +165,7 @@ def text(device: torch.device) -> Task:
         batch_size=16,
         lrs=(3e-4, 3e-2, 5),
         repeats=1,
+        threads=None,
         facts={
             "train": len(train),
             "valid": len(valid),

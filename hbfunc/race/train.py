@@ -53,6 +53,8 @@ def train(task: Task, entry: Entry, plan: Plan, tick: Callable[[int], object] = 
     if plan.compile:
         step = torch.compile(step, fullgraph=True)
 
+    # Nothing is kept of this call: it is where lazy imports and compilation happen, which are nobody's training time.
+    step(params, state, *task.sample(torch.Generator().manual_seed(plan.seed), plan.batch_size))
     batches = torch.Generator().manual_seed(plan.seed)
     every = max(1, plan.steps // EVALUATIONS)
     at, scores, seconds = [], [], 0.0
