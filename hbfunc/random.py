@@ -50,7 +50,15 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
 def fold_in_name(key: Tensor, name: str) -> Tensor:
     """A new key from a key and a string, through the string's 32-bit FNV-1a hash (of its UTF-8 bytes)."""
-    return fold_in(key, _fnv1a(name))
+    return fold_in(key, hash_name(name))
+
+
+def hash_name(name: str) -> int:
+    """32-bit FNV-1a of the UTF-8 bytes: folding in this number is folding in the name, where many are batched."""
+    hashed = 0x811C9DC5
+    for byte in name.encode():
+        hashed = ((hashed ^ byte) * 0x01000193) & _MASK
+    return hashed
 
 
 def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
@@ -163,10 +171,3 @@ def _words(value: int | Tensor, argument: str) -> tuple[Word, Word]:
             raise ValueError(f"{argument}: expected a 0-dim tensor, got shape {tuple(value.shape)}; use torch.vmap")
         value = value.to(torch.int64)
     return value & _MASK, (value >> 32) & _MASK
-
-
-def _fnv1a(text: str) -> int:
-    hashed = 0x811C9DC5
-    for byte in text.encode():
-        hashed = ((hashed ^ byte) * 0x01000193) & _MASK
-    return hashed
