@@ -1,0 +1,150 @@
+"""Hypergradients: differentiate through T steps of training, with memory for a few of them.
+
+The optimizer's numbers are tensors in the state, so a training is a differentiable function of them:
+
+    step = sweep.make_step(loss_fn, hbfunc.adamw())
+    lane = sweep.take(sweep.init(hbfunc.adamw(lr=1e-3), params, {"seed": [0]}), 0)
+    value, slopes = hypergradient(lambda lane: loss_fn(lane["params"], held_out), step, lane, batches, ["lr", "beta1"])
+
+`unroll` is the training itself, for any other derivative: by the initial parameters, by the batches, of second order.
+
+A plain unrolled training keeps every intermediate of every step until the derivative is done. With `checkpoint_every=n`
+it keeps the lane after every n steps, and computes a segment again when its turn comes, backwards (Griewank & Walther
+2000, algorithm 799, with one level): T/n lanes plus the intermediates of n steps, for one more forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hbfunc.sweep.engine import Lane, Metrics, Refresh, Step, hyper, with_hyper
+
+_functorch = torch._C._functorch
+
+
+def unroll(
+    step: Step,
+    lane: Lane,
+    batches: Sequence[Any],
+    *,
+    refresh: Callable[[int], Refresh] | None = None,
+    checkpoint_every: int | None = None,
+) -> tuple[Lane, Metrics]:
+    """The lane after a step on each batch, and the metrics, [T] each: differentiable, under torch.func and .backward().
+
+    refresh: a function of t = 1, ..., T, decided here: torch.func.grad does not pass through a branch in the graph.
+    checkpoint_every: steps per segment that is computed twice, about sqrt(T) for the least memory. The derivative then
+        reaches the lane and the batches only, not tensors that `step` has captured: put hyperparameters into the lane
+        (`with_hyper`). None keeps everything.
+
+    Raises ValueError for no batches and for checkpoint_every < 1.
+    """
+    total = len(batches)
+    if not total or (checkpoint_every is not None and checkpoint_every < 1):
+        raise ValueError(f"{total} batches, checkpoint_every={checkpoint_every}: expected positive numbers")
+
+    def segment(start: int) -> Callable[[Lane, Sequence[Any]], tuple[Lane, Metrics]]:
+        def steps(lane: Lane, batches: Sequence[Any]) -> tuple[Lane, Metrics]:
+            seen: list[Metrics] = []
+            for t, batch in enumerate(batches, start + 1):
+                lane, metrics = step(lane, batch, refresh=refresh(t) if refresh else None)
+                seen.append(metrics)
+            return lane, {name: torch.stack([m[name] for m in seen]) for name in seen[0]}
+
+        return steps
+
+    if checkpoint_every is None:
+        return segment(0)(lane, batches)
+    parts: list[Metrics] = []
+    for start in range(0, total, checkpoint_every):
+        lane, metrics = checkpoint(segment(start), lane, list(batches[start : start + checkpoint_every]))
+        parts.append(metrics)
+    return lane, {name: torch.cat([m[name] for m in parts]) for name in parts[0]}
+
+
+def hypergradient(
+    objective: Callable[[Lane], Tensor],
+    step: Step,
+    lane: Lane,
+    batches: Sequence[Any],
+    wrt: Sequence[str] = ("lr",),
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """objective(lane after training), 0-d, and its derivative by the hyperparameters `wrt`, by name.
+
+    They have the values in the lane's state; options are those of `unroll`. Raises KeyError for an unknown name.
+    """
+    values = {name: hyper(lane, name) for name in wrt}
+
+    def trained(values: dict[str, Tensor]) -> Tensor:
+        return objective(unroll(step, with_hyper(lane, **values), batches, **options)[0])
+
+    slopes, value = torch.func.grad_and_value(trained)(values)
+    return value, slopes
+
+
+def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args), whose derivative computes fn a second time instead of keeping its intermediates.
+
+    fn: a pure function of trees of tensors, to a tree of tensors. This works under torch.func, where
+    torch.utils.checkpoint does not, mapped and nested: a derivative of higher order is right, and keeps everything.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    moving = [i for i, x in enumerate(leaves) if x.is_floating_point()]
+    out_specs: list[pytree.TreeSpec] = []
+
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        out, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(leaves, spec)))
+        out_specs.append(out_spec)
+        return out
+
+    class Segment(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
+            same = {id(x) for x in leaves}
+            return tuple(x.clone() if id(x) in same else x for x in flat(*leaves))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.mark_non_differentiable(*[x for x in output if not x.is_floating_point()])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            saved = list(ctx.saved_tensors)
+
+            def moved(*xs: Tensor) -> list[Tensor]:
+                given = list(saved)
+                for i, x in zip(moving, xs, strict=True):
+                    given[i] = x
+                return [x for x in flat(*given) if x.is_floating_point()]
+
+            # torch.func.grad records its backward pass, in case it is differentiated again: for nothing, mostly.
+            with torch.set_grad_enabled(_differentiated_again([*saved, *grads])):
+                pull = torch.func.vjp(moved, *[saved[i] for i in moving])[1]
+                slopes = dict(zip(moving, pull([g for g in grads if g.is_floating_point()]), strict=True))
+            return tuple(slopes.get(i) for i in range(len(saved)))
+
+    return pytree.tree_unflatten(list(Segment.apply(*leaves)), out_specs[0])
+
+
+def _differentiated_again(tensors: Sequence[Tensor]) -> bool:
+    """Within a backward pass: whether a derivative of its result will be wanted."""
+    stack = _functorch.get_interpreter_stack() or []
+    levels = sum(level.key() == _functorch.TransformType.Grad for level in stack)
+    if levels == 0:
+        return torch.is_grad_enabled()
+    return levels > 1 or any(_innermost(x).requires_grad for x in tensors)
+
+
+def _innermost(x: Tensor) -> Tensor:
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x

@@ -1,0 +1,48 @@
+"""A thousand trainings at once: designs of hyperparameters, one vmapped and compiled step, results as arrays.
+
+from hbfunc import sweep
+
+tx = lambda lr, weight_decay: hbfunc.adamw(lr=lr, weight_decay=weight_decay)
+design = sweep.sample(256, lr=sweep.log_uniform(1e-4, 1e-1), weight_decay=sweep.uniform(0, 0.1))
+results = sweep.run(loss_fn, tx, params, design, batches, compile=True)
+print(results.table())
+results.heatmap("lr", "weight_decay")
+
+designs     which hyperparameters each lane gets
+modules     any nn.Module as a pure function, buffers and dropout included
+engine      one lane's step, the same for K lanes, and the loop around it
+memory      how many lanes fit
+results     what comes out
+"""
+
+from hbfunc.sweep.designs import Design, design, grid, log_uniform, product, sample, uniform, zipped
+from hbfunc.sweep.engine import Event, freeze, hyper, init, make_step, run, stream, take, vectorize, with_hyper
+from hbfunc.sweep.modules import Functional, dropout, functional, seeded
+from hbfunc.sweep.results import Best, Results
+
+__all__ = [
+    "Best",
+    "Design",
+    "Event",
+    "Functional",
+    "Results",
+    "design",
+    "dropout",
+    "freeze",
+    "functional",
+    "grid",
+    "hyper",
+    "init",
+    "log_uniform",
+    "make_step",
+    "product",
+    "run",
+    "sample",
+    "seeded",
+    "stream",
+    "take",
+    "uniform",
+    "vectorize",
+    "with_hyper",
+    "zipped",
+]

@@ -1,0 +1,459 @@
+"""K trainings as one: a lane is one training, and `torch.vmap` maps one ordinary step over the lanes.
+
+A lane is a dict of everything that a training needs to go on:
+
+    params, buffers     as given; buffers {} where there are none
+    state               the optimizer's, hyperparameters included
+    design              the lane's column values, from which the optimizer is built at every step
+    key                 int64 [2], of the lane's seed: the source of dropout and other draws in the loss
+    step                int64, steps done
+    diverged_at         int64, the step at which loss or parameters were no longer finite, -1 while they are
+
+`lanes` are the same with a leading dimension of K everywhere. The pieces are pure functions:
+
+    tx = lambda lr, beta1: hbfunc.adamw(lr=lr, betas=(beta1, 0.99))
+    lanes = init(tx, params, grid(lr=[1e-3, 1e-2], beta1=[0.8, 0.9]))
+    step = vectorize(freeze(make_step(loss_fn, tx)))
+    for batch in batches:
+        lanes, metrics = step(lanes, batch)                                 # metrics["loss"]: [4]
+
+and `run` is that loop with chunks that fit memory, a progress bar and results; `stream` is its iterator.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hbfunc import random
+from hbfunc.sweep import designs, memory
+from hbfunc.sweep.results import Results
+from hbfunc.transform import Transform, Tree, apply_updates
+
+Lane = dict[str, Any]
+Lanes = dict[str, Any]
+Metrics = dict[str, Tensor]
+Refresh = bool | str | None
+Step = Callable[..., tuple[Lane, Metrics]]
+Factory = Transform | Callable[..., Transform]
+
+_EXTRAS = ("buffers", "key", "design")
+
+
+# One lane
+
+
+def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = ()) -> Step:
+    """The training step of one lane, pure: step(lane, batch, refresh=None) -> (lane, metrics).
+
+    loss_fn(params, batch) returns the loss, 0-d, or (loss, aux) with aux a dict of 0-d metrics. What it asks for in
+    `needs` comes by keyword: "buffers" (it then returns the new ones as aux["buffers"]), "key" (int64 [2], fresh at
+    every step, for `dropout`), "design" (the lane's columns, 0-d each).
+    tx: a Transform, or a factory of one whose arguments are columns of the design.
+    refresh: handed to a transform that needs it, see `Transform`.
+
+    Raises ValueError for a need that is none.
+    """
+    if unknown := set(needs) - set(_EXTRAS):
+        raise ValueError(f"needs={min(unknown)!r}: expected some of {', '.join(map(repr, _EXTRAS))}")
+    build = _builder(tx)
+
+    def step(lane: Lane, batch: Any, refresh: Refresh = None) -> tuple[Lane, Metrics]:
+        extras = {need: lane[need] for need in needs}
+        if "key" in needs:
+            extras["key"] = random.fold_in(lane["key"], lane["step"])
+
+        def objective(params: Tree) -> tuple[Tensor, dict[str, Any]]:
+            out = loss_fn(params, batch, **extras)
+            return out if isinstance(out, tuple) else (out, {})
+
+        grads, (loss, aux) = torch.func.grad_and_value(objective, has_aux=True)(lane["params"])
+        rule = build(lane["design"])
+        extra = {"refresh": refresh} if "refresh" in rule.needs else {}
+        updates, state = rule.update(lane["state"], grads, lane["params"], **extra)
+        metrics = {k: v for k, v in aux.items() if k != "buffers"}
+        new = {
+            "params": apply_updates(lane["params"], updates),
+            "buffers": aux.get("buffers", lane["buffers"]),
+            "state": state,
+            "step": lane["step"] + 1,
+        }
+        return {**lane, **new}, {"loss": loss, **metrics}
+
+    return step
+
+
+def freeze(step: Step) -> Step:
+    """`step` for lanes that may diverge: one whose loss or parameters are not finite stays as it was before the step.
+
+    lane["diverged_at"] is then that step, counted from 1; metrics are what they were at that step, NaN from there on.
+    """
+
+    def frozen(lane: Lane, batch: Any, refresh: Refresh = None) -> tuple[Lane, Metrics]:
+        new, metrics = step(lane, batch, refresh=refresh)
+        finite = torch.isfinite(metrics["loss"])
+        for p in pytree.tree_leaves(new["params"]):
+            finite = finite & torch.isfinite(p).all()
+        alive = lane["diverged_at"] < 0
+        moves = alive & finite
+        new = pytree.tree_map(lambda n, o: n if n is o else torch.where(moves, n, o), new, lane)
+        new["diverged_at"] = torch.where(alive & ~finite, lane["step"] + 1, lane["diverged_at"])
+        return new, {k: torch.where(alive, m, torch.nan) for k, m in metrics.items()}
+
+    return frozen
+
+
+def hyper(lane: Lane, name: str) -> Tensor:
+    """The value of a hyperparameter now: 0-d, [K] for lanes. Names and errors as in `with_hyper`."""
+    found: Any = lane
+    for key in _place(lane, name):
+        found = found[key]
+    return found
+
+
+def with_hyper(lane: Lane, **values: Tensor | float) -> Lane:
+    """The lane, or lanes, with other hyperparameters: 0-d tensors, [K] for lanes, or numbers for all.
+
+    They are looked up in the state's "hyper", at any depth, else among the columns of the design, which is where the
+    numbers of a transform without `with_hyperparameters` are. Raises KeyError for a name that is nowhere or in several
+    places, ValueError for a tensor of another shape.
+    """
+    for name, value in values.items():
+        old = hyper(lane, name)
+        if isinstance(value, Tensor) and value.shape != old.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)}")
+        new = value.to(old) if isinstance(value, Tensor) else torch.full_like(old, value)
+        lane = _replaced(lane, _place(lane, name), new)
+    return lane
+
+
+def take(lanes: Lanes, index: int | slice | Tensor) -> Lanes:
+    """Lanes by index: one lane for an int, lanes for a slice or an int64 [k]."""
+    return pytree.tree_map(lambda x: x[index], lanes)
+
+
+def _place(lane: Lane, name: str) -> tuple[str, ...]:
+    """The keys that lead to a hyperparameter."""
+
+    def search(state: dict[str, Any], at: tuple[str, ...]) -> list[tuple[str, ...]]:
+        found = [(*at, "hyper", name)] if name in state.get("hyper", {}) else []
+        inner = {k: v for k, v in state.items() if isinstance(v, dict) and k != "hyper"}
+        return found + [place for k, v in inner.items() for place in search(v, (*at, k))]
+
+    places = search(lane["state"], ("state",)) or [("design", name)] * (name in lane["design"])
+    if len(places) != 1:
+        where = ", ".join("/".join(p) for p in places) or "neither the state nor the design"
+        raise KeyError(f"hyperparameter {name!r}: expected it in one place, found it in {where}")
+    return places[0]
+
+
+def _replaced(tree: dict[str, Any], place: tuple[str, ...], value: Tensor) -> dict[str, Any]:
+    key, *rest = place
+    return {**tree, key: _replaced(tree[key], tuple(rest), value) if rest else value}
+
+
+def _builder(tx: Factory) -> Callable[[Mapping[str, Any]], Transform]:
+    """From a lane's columns to its optimizer. "seed" is left out where the factory does not ask for it."""
+    if isinstance(tx, Transform):
+        return lambda columns: tx
+    if not callable(tx):
+        raise TypeError(f"tx: expected a Transform or a function that returns one, got {type(tx).__name__}")
+    wanted = _arguments(tx)
+    return lambda columns: tx(**{k: v for k, v in columns.items() if wanted is None or k in wanted})
+
+
+def _arguments(tx: Factory) -> set[str] | None:
+    """The columns that tx takes; None: any."""
+    if isinstance(tx, Transform):
+        return set()
+    parameters = inspect.signature(tx).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+
+
+# K lanes
+
+
+def init(
+    tx: Factory,
+    params: Tree | Callable[[int], Tree],
+    design: Mapping[str, Any],
+    buffers: Tree | None = None,
+    *,
+    stacked: bool = False,
+) -> Lanes:
+    """K lanes at step 0.
+
+    params: a tree of tensors that all lanes start from; a function from a seed to one, for an initialisation per value
+        of the column "seed" (see `seeded`); with `stacked`, a tree of [K, ...] tensors, and so are the buffers
+        (torch.func.stack_module_state).
+    tx: a factory whose arguments name all columns, but for "seed", which it may leave out; a Transform when "seed" is
+        the only one. Seeds are int64, other columns float32 (float64 for float64 parameters), 0-d.
+
+    Raises ValueError for a column that the factory does not take and for stacks of another length than K, TypeError
+    for a hyperparameter whose value the factory looks at: it changes the structure, so it needs a sweep per value.
+    """
+    design = designs.design(design)
+    k = designs.size(design)
+    wanted = _arguments(tx)
+    for name in design:
+        if wanted is not None and name not in wanted and name != "seed":
+            hint = "pass a factory, such as lambda lr: hbfunc.adamw(lr=lr)" if not wanted else f"it takes {wanted}"
+            raise ValueError(f"design has a column {name!r}, which is no argument of tx: {hint}")
+    if callable(params):
+        if "seed" not in design:
+            raise ValueError("params is a function of the seed: the design needs a column 'seed'")
+        seeds = design["seed"].tolist()
+        drawn = {seed: params(seed) for seed in sorted(set(seeds))}
+        params = pytree.tree_map(lambda *xs: torch.stack(xs), *[drawn[seed] for seed in seeds])
+        buffers = _spread("buffers", buffers or {}, k, stacked)
+    else:
+        params, buffers = (_spread(*named, k, stacked) for named in (("params", params), ("buffers", buffers or {})))
+
+    first = pytree.tree_leaves(params)[0]
+    double = any(p.dtype == torch.float64 for p in pytree.tree_leaves(params))
+    dtype = torch.float64 if double else torch.float32
+    columns = {
+        name: v.to(device=first.device, dtype=dtype if v.is_floating_point() else v.dtype) for name, v in design.items()
+    }
+    build = _builder(tx)
+
+    def one(columns: dict[str, Tensor], params: Tree, buffers: Tree) -> Lane:
+        count = torch.zeros((), dtype=torch.int64, device=first.device)
+        return {
+            "params": params,
+            "buffers": buffers,
+            "state": build(columns).init(params),
+            "design": columns,
+            "key": random.key(columns["seed"]) if "seed" in columns else random.key(0, first.device),
+            "step": count,
+            "diverged_at": count - 1,
+        }
+
+    try:
+        lanes = torch.vmap(one)(columns, params, buffers)
+    except RuntimeError as error:
+        if "data-dependent control flow" not in str(error) and ".item()" not in str(error):
+            raise
+        raise TypeError(
+            f"tx looks at the value of {_structural(build, columns)}: it changes the structure of the training, and "
+            "not only a number in it; run one sweep per value"
+        ) from error
+    return pytree.tree_map(lambda x: x.contiguous(), lanes)
+
+
+def _spread(what: str, tree: Tree, k: int, stacked: bool) -> Tree:
+    """The tree with a leading dimension of k."""
+    for x in pytree.tree_leaves(tree):
+        if stacked and x.shape[:1] != (k,):
+            raise ValueError(f"{what} are stacked, of shape {tuple(x.shape)}: expected [{k}, ...], one row per lane")
+    return tree if stacked else pytree.tree_map(lambda x: x.detach().expand(k, *x.shape), tree)
+
+
+def _structural(build: Callable[[Mapping[str, Any]], Transform], columns: dict[str, Tensor]) -> str:
+    """Names of the columns that the factory cannot take as tensors, tried one at a time."""
+    numbers = {name: v[0].item() for name, v in columns.items()}
+    found = []
+    for name, values in columns.items():
+        try:
+            torch.vmap(lambda v, name=name: (build({**numbers, name: v}), v)[1])(values)
+        except RuntimeError:
+            found.append(repr(name))
+    return ", ".join(found) or "a hyperparameter"
+
+
+def vectorize(step: Step, compile: bool | str | Callable[..., Any] = False) -> Callable[..., tuple[Lanes, Metrics]]:
+    """`step` mapped over lanes, all with the same batch: (lanes, batch, refresh=None) -> (lanes, metrics [K] each).
+
+    compile: True, a mode of torch.compile, or a function to compile with. One graph per value of `refresh` and shape;
+    new hyperparameters, in any lane, need none.
+    """
+
+    def lanes_step(lanes: Lanes, batch: Any, refresh: Refresh = None) -> tuple[Lanes, Metrics]:
+        return torch.vmap(lambda lane: step(lane, batch, refresh=refresh))(lanes)
+
+    if not compile:
+        return lanes_step
+    # A code object of its own: torch.compile counts its permitted recompilations per code object.
+    lanes_step.__code__ = lanes_step.__code__.replace(co_name="lanes_step")
+    if callable(compile):
+        return compile(lanes_step)
+    mode = compile if isinstance(compile, str) else None
+    return torch.compile(lanes_step, fullgraph=True, dynamic=False, mode=mode)
+
+
+# A sweep
+
+
+class Event(NamedTuple):
+    """What `stream` yields: after `step` steps (from 1), the metrics [k] of the lanes start, ..., start + k - 1."""
+
+    start: int
+    step: int
+    metrics: Metrics
+    lanes: Lanes
+
+
+def stream(
+    loss_fn: Callable[..., Any],
+    tx: Factory,
+    params: Tree | Callable[[int], Tree],
+    design: Mapping[str, Any],
+    batches: Sequence[Any] | Callable[[int], Any],
+    *,
+    steps: int | None = None,
+    buffers: Tree | None = None,
+    stacked: bool = False,
+    needs: Sequence[str] = (),
+    refresh: Callable[[int], Refresh] | None = None,
+    evaluate: Callable[[Lane], Metrics] | None = None,
+    every: int = 1,
+    compile: bool | str | Callable[..., Any] = False,
+    chunk: int | None = None,
+    memory_bytes: int | None = None,
+    tick: Callable[[int], object] = lambda lanes: None,
+) -> Generator[Event, None, None]:
+    """Train the K lanes of `design`, and yield an Event after every `every` steps and the last, chunk after chunk.
+
+    loss_fn, tx, needs: see `make_step`. params, design, buffers, stacked: see `init`.
+    batches: a sequence, or a function of the step t = 1, 2, ..., because every chunk sees them again.
+    steps: how many; by default len(batches).
+    refresh: a function of the step, decided here for all lanes; None: in the graph, where each decides for itself.
+    evaluate: lane -> metrics (0-d), computed with the events; NaN for diverged lanes.
+    compile: see `vectorize`.
+    chunk: lanes at once. By default as many as fit into `memory_bytes`, by default half of the free memory, counted
+        in one step with one lane and one with two. Chunks have the same size: the last is padded with its own lanes.
+    tick: called after each step with its number of lanes.
+
+    Raises ValueError for arguments out of range, TypeError for batches that cannot be read twice.
+    """
+    design = designs.design(design)
+    k = designs.size(design)
+    if not callable(batches) and not (hasattr(batches, "__getitem__") and hasattr(batches, "__len__")):
+        raise TypeError(
+            f"batches: expected a sequence or a function of the step, got {type(batches).__name__}: every chunk of "
+            "lanes reads them from the start"
+        )
+    if steps is None:
+        if callable(batches):
+            raise ValueError("steps: expected a number of steps, because batches is a function")
+        steps = len(batches)
+    if steps < 1 or every < 1 or (chunk is not None and chunk < 1):
+        raise ValueError(f"steps={steps}, every={every}, chunk={chunk}: expected positive numbers")
+    if not callable(batches) and len(batches) < steps:
+        raise ValueError(f"steps={steps}: there are {len(batches)} batches")
+
+    one_step = freeze(make_step(loss_fn, tx, needs))
+    step, plain = vectorize(one_step, compile), vectorize(one_step)
+    measure = torch.vmap(_evaluator(evaluate)) if evaluate else None
+    batch = batches if callable(batches) else lambda t: batches[t - 1]
+    at = refresh or (lambda t: None)
+
+    def begin(rows: Tensor) -> Lanes:
+        part = {name: column[rows.to(column.device)] for name, column in design.items()}
+        mine = _rows(params, rows) if stacked else params
+        return init(tx, mine, part, _rows(buffers, rows) if stacked else buffers, stacked=stacked)
+
+    def bytes_held(lanes: int) -> int:
+        """By a step of so many lanes: of the kinds of step that the first hundred have, the largest."""
+
+        def work(value: Refresh) -> None:
+            new, _ = plain(begun, batch(1), refresh=value)
+            if measure:
+                measure(new)
+
+        begun = begin(torch.arange(lanes) % k)
+        held = sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(begun))
+        kinds = {at(t) for t in range(1, min(steps, 100) + 1)}
+        return held + max(memory.peak_bytes(partial(work, kind)) for kind in kinds)
+
+    if chunk is None:
+        device = next(x.device for x in pytree.tree_leaves(begin(torch.zeros(1, dtype=torch.int64))["params"]))
+        budget = memory.available(device) // 2 if memory_bytes is None else memory_bytes
+        chunk = memory.chunk_size(k, bytes_held(1), bytes_held(2), budget)
+
+    for start in range(0, k, chunk):
+        n = min(chunk, k - start)
+        lanes = begin(torch.arange(start, start + min(chunk, k)).clamp(max=k - 1))
+        for t in range(1, steps + 1):
+            lanes, metrics = step(lanes, batch(t), refresh=at(t))
+            tick(n)
+            if t % every == 0 or t == steps:
+                metrics = {**metrics, **(measure(lanes) if measure else {})}
+                yield Event(start, t, {name: m[:n] for name, m in metrics.items()}, take(lanes, slice(n)))
+
+
+def run(
+    loss_fn: Callable[..., Any],
+    tx: Factory,
+    params: Tree | Callable[[int], Tree],
+    design: Mapping[str, Any],
+    batches: Sequence[Any] | Callable[[int], Any],
+    *,
+    keep: Sequence[str] = ("params", "buffers"),
+    progress: bool | None = None,
+    **options: Any,
+) -> Results:
+    """Train the K lanes of `design`: `stream` to its end, and what it leaves.
+
+    keep: the entries of the lanes that the results keep, on the CPU.
+    progress: a tqdm bar; None shows one on a terminal if tqdm is installed.
+    options: the keywords of `stream`.
+
+    Raises ImportError when progress=True and tqdm is not installed, and what `stream` raises.
+    """
+    design = designs.design(design)
+    k = designs.size(design)
+    steps = options["steps"] if options.get("steps") is not None or callable(batches) else len(batches)
+    recorded: dict[int, dict[str, list[Tensor]]] = {}
+    kept: list[Lanes] = []
+    diverged: list[Tensor] = []
+    with _bar(progress, k * (steps or 0)) as bar:
+        tick = bar.update if bar is not None else lambda lanes: None
+        with closing(stream(loss_fn, tx, params, design, batches, tick=tick, **options)) as events:
+            for event in events:
+                for name, m in event.metrics.items():
+                    recorded.setdefault(event.step, {}).setdefault(name, []).append(m)
+                if event.step == steps:
+                    kept.append(pytree.tree_map(lambda x: x.detach().cpu(), {name: event.lanes[name] for name in keep}))
+                    diverged.append(event.lanes["diverged_at"])
+    names = list(next(iter(recorded.values())))
+    return Results(
+        design={name: column.cpu().numpy() for name, column in design.items()},
+        steps=torch.tensor(list(recorded)).numpy(),
+        metrics={n: torch.stack([torch.cat(m[n]) for m in recorded.values()]).cpu().numpy() for n in names},
+        diverged_at=torch.cat(diverged).cpu().numpy(),
+        lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *kept) if keep else {},
+    )
+
+
+def _rows(tree: Tree | None, rows: Tensor) -> Tree:
+    return pytree.tree_map(lambda x: x[rows.to(x.device)], tree or {})
+
+
+def _evaluator(evaluate: Callable[[Lane], Metrics]) -> Callable[[Lane], Metrics]:
+    """`evaluate`, NaN for a lane that has diverged."""
+
+    def measure(lane: Lane) -> Metrics:
+        alive = lane["diverged_at"] < 0
+        return {name: torch.where(alive, m, torch.nan) for name, m in evaluate(lane).items()}
+
+    return measure
+
+
+def _bar(progress: bool | None, total: int) -> Any:
+    installed = importlib.util.find_spec("tqdm") is not None
+    if progress and not installed:
+        raise ImportError("progress=True needs tqdm: python -m pip install 'hbfunc[demo]'")
+    if progress is False or not installed:
+        return nullcontext()
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="lane-step", dynamic_ncols=True, disable=None if progress is None else False)
