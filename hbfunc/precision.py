@@ -6,17 +6,19 @@ of them. Rounding up with the probability of the fraction keeps the expectation 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbfunc import random
-from hbfunc.schedules import count_zeros, increment
+from hbfunc.schedules import count_zeros, increment, materialize
 from hbfunc.transform import Flat, Leaves, State, Transform, compute_dtype, kept, transform
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_DRAW_AT_ONCE = 1 << 20  # elements; more would cost the memory that bfloat16 saves
 
 
 def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | Tensor = 0) -> Transform:
@@ -46,13 +48,17 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
         present = updates
         updates, new = inner.update(full, updates, params, **extras)
         t = increment(keyed["count"], present)
+        full, counts = {}, {}
 
-        def store(path: str, where: str, x: Tensor) -> Tensor:
-            if path not in present:
-                return x.to(dtype)
-            return random.stochastic_round(x, _key(keyed["key"], t[path], path, where), dtype)
+        def collect(path: str, where: str, x: Tensor) -> Tensor:
+            if path in present:
+                full[f"{path}/{where}"], counts[f"{path}/{where}"] = x, t[path]
+            return x
 
-        return updates, {**map_parameter_state(new, params, store), "storage": kept(keyed, count=t)}
+        map_parameter_state(new, params, collect)
+        low = _round(full, keyed["key"], counts)
+        new = map_parameter_state(new, params, lambda path, where, x: low.get(f"{path}/{where}", x).to(dtype))
+        return updates, {**new, "storage": kept(keyed, count=t)}
 
     return transform(init, update, inner.name, inner.needs, inner.layout)
 
@@ -74,12 +80,10 @@ def round_to_parameters(seed: int | Tensor = 0) -> Transform:
         if not mine:
             return updates, state
         t = increment(state["count"], mine)
-        rounded = {}
-        for k, u in mine.items():
-            p = params[k].to(u.dtype)
-            # The difference of two bfloat16 numbers, so that the sum, rounded to nearest, is the number meant.
-            rounded[k] = random.stochastic_round(p + u, _key(state["key"], t[k], k, "param")).to(u.dtype) - p
-        return {**updates, **rounded}, kept(state, count=t)
+        old = {k: params[k].to(u.dtype) for k, u in mine.items()}
+        new = _round({k: old[k] + u for k, u in mine.items()}, state["key"], t)
+        # The difference of two bfloat16 numbers, so that the sum, rounded to nearest, is the number meant.
+        return {**updates, **{k: new[k].to(old[k].dtype) - old[k] for k in mine}}, kept(state, count=t)
 
     return transform(init, update, "rounding")
 
@@ -89,8 +93,29 @@ def _keyed(params: Flat, seed: int | Tensor) -> State:
     return {"key": key, "count": count_zeros(params)}
 
 
-def _key(key: Tensor, count: Tensor, path: str, what: str) -> Tensor:
-    return random.fold_in_name(random.fold_in(key, count), f"{path}/{what}")
+def _round(xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in bfloat16, each rounded stochastically with its own key, of its count and its name.
+
+    Small tensors draw together: one generator in a compiled graph for a million elements, not one for every tensor.
+    """
+    if not xs:
+        return {}
+    keys = random.fold_in_each(key, torch.stack([counts[k] for k in xs]), list(xs))
+    groups: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for (k, x), row in zip(xs.items(), keys.unbind(), strict=True):
+        filled += x.numel()
+        if filled > _DRAW_AT_ONCE and groups[-1]:
+            groups.append({})
+            filled = x.numel()
+        groups[-1][k] = row
+    rounded = {}
+    for group in groups:
+        sizes = [xs[k].numel() for k in group]
+        noise = materialize(random.rounding_bits(torch.stack(list(group.values())), sizes))
+        for k, part in zip(group, noise.split([-(-n // 8) * 8 for n in sizes]), strict=True):
+            rounded[k] = random.round_with(xs[k], part[: xs[k].numel()].to(xs[k].device))
+    return rounded
 
 
 def map_parameter_state(state: State, params: Flat, fn: Callable[[str, str, Tensor], Tensor], where: str = "") -> State:

@@ -61,6 +61,16 @@ def hash_name(name: str) -> int:
     return hashed
 
 
+def fold_in_each(key: Tensor, data: Tensor, names: Sequence[str]) -> Tensor:
+    """Keys int64 [n, 2] for n integers (int64 [n]) and names: row i is fold_in_name(fold_in(key, data[i]), names[i]).
+
+    For many leaves the cost, and the size of a compiled graph, is that of one.
+    """
+    hashes = torch.tensor([hash_name(name) for name in names], dtype=torch.int64, device=key.device)
+    stepped = philox((data & _MASK, (data >> 32) & _MASK, 0, _FOLD), (key[0], key[1]))
+    return torch.stack(philox((hashes, 0, 0, _FOLD), stepped[:2])[:2], -1)
+
+
 def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
     """32 random bits per element: int64 of the given shape, uniform on [0, 2**32)."""
     n = math.prod(shape)
@@ -97,6 +107,19 @@ def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] = ()) -> Tens
     return uniform(key, shape) < p
 
 
+def rounding_bits(keys: Tensor, sizes: Sequence[int]) -> Tensor:
+    """16 random bits per element of n tensors of these sizes, drawn from the rows of `keys` (int64 [n, 2]).
+
+    int32, one tensor after the other, each padded to a multiple of 8.
+    """
+    counts = [-(-size // 8) for size in sizes]
+    index = torch.cat([torch.arange(n, dtype=torch.int64, device=keys.device) for n in counts])
+    rows = [torch.cat([k.expand(n) for k, n in zip(column.unbind(), counts, strict=True)]) for column in keys.unbind(1)]
+    words = philox((index & _MASK, index >> 32, 0, _DRAW), (rows[0], rows[1]))
+    halves = [half.to(torch.int32) for word in words for half in (word & 0xFFFF, word >> 16)]
+    return _interleave(halves, 8 * sum(counts))
+
+
 def stochastic_round(x: Tensor, key: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Round x to one of its two bfloat16 neighbours, to the nearer one more often, so that the mean is x.
 
@@ -108,12 +131,14 @@ def stochastic_round(x: Tensor, key: Tensor, dtype: torch.dtype = torch.bfloat16
     """
     if dtype != torch.bfloat16:
         raise ValueError(f"dtype: stochastic rounding goes to torch.bfloat16, got {dtype}")
+    return round_with(x, rounding_bits(key.to(x.device).unsqueeze(0), [x.numel()])[: x.numel()], dtype)
+
+
+def round_with(x: Tensor, noise: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`stochastic_round` with its random bits given: int32 [numel], each in [0, 2**16)."""
     value = x.detach().to(torch.float32)
-    n = value.numel()
-    words = _blocks(key.to(x.device), -(-n // 8))
-    draws = _interleave([half.to(torch.int32) for word in words for half in (word & 0xFFFF, word >> 16)], n)
     # bfloat16 is the upper half of a float32: add noise to the lower half, let it carry, and cut it off.
-    carried = value.view(torch.int32) + draws.reshape(x.shape)
+    carried = value.view(torch.int32) + noise.reshape(x.shape)
     rounded = (carried & ~0xFFFF).view(torch.float32)
     below_max = value.abs() < torch.finfo(dtype).max  # False for NaN
     result = torch.where(below_max, rounded, value).to(dtype)
