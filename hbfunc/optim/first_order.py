@@ -1,0 +1,139 @@
+"""The documented first-order classes. What their options mean is said in `hbfunc.recipes`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hbfunc import recipes
+from hbfunc.optim.shim import StatefulOptimizer, use_default
+from hbfunc.transforms.schedule_free import schedule_free_eval_params, schedule_free_train_params
+
+
+class _Moments(StatefulOptimizer):
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.0025,
+        betas: Any = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        foreach: bool = True,
+        storage_dtype: str = "float32",
+        mars: bool = False,
+        caution: bool = False,
+        mars_gamma: float = 0.0025,
+        gradient_clipping: Any = use_default,
+        update_clipping: Any = use_default,
+        palm: Any = use_default,
+        beta2_scale: float = 0.8,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(**arguments(locals()))
+
+
+def arguments(scope: dict[str, Any]) -> dict[str, Any]:
+    """params, foreach, seed and the rest as defaults, from the locals() of an __init__."""
+    options = {k: v for k, v in scope.items() if k not in ("self", "__class__", "params", "foreach", "seed")}
+    return {"params": scope["params"], "defaults": options, "foreach": scope["foreach"], "seed": scope["seed"]}
+
+
+class ForeachAdamW(_Moments):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+
+    recipe = staticmethod(recipes.adamw)
+
+
+class ForeachADOPT(_Moments):
+    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853)."""
+
+    recipe = staticmethod(recipes.adopt)
+
+
+class ForeachLaProp(_Moments):
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839)."""
+
+    recipe = staticmethod(recipes.laprop)
+
+
+class TrainEval(StatefulOptimizer):
+    """Schedule-Free's two points: the parameters hold y while training and the average x after `eval()`."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
+        super().__init__(params, {**defaults, "train_mode": True}, **options)
+
+    def train(self, mode: bool = True) -> None:
+        """Put the parameters at y, where gradients are taken. No effect if they are there. train(False) is eval()."""
+        self._move(mode)
+
+    def eval(self) -> None:
+        """Put the parameters at x, the average, to evaluate or save the model. No effect if they are there."""
+        self._move(False)
+
+    @torch.no_grad()
+    def _move(self, train: bool) -> None:
+        move = schedule_free_train_params if train else schedule_free_eval_params
+        for group in self.param_groups:
+            if group["train_mode"] != train:
+                for p in group["params"]:
+                    if "z" in self.state.get(p, {}):
+                        z = {"z": {"param": self.state[p]["z"]}, "weight_sum": {}}
+                        p.copy_(move(z, p, group["betas"][0]))
+                group["train_mode"] = train
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """As the base class. Raises RuntimeError in eval mode, where the parameters are not where gradients belong."""
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError("the optimizer is in eval mode: call optimizer.train() before step()")
+        return super().step(closure)
+
+
+class _Averaged(StatefulOptimizer):
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.0025,
+        betas: Any = (0.9, 0.99),
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool = True,
+        storage_dtype: str = "float32",
+        mars: bool = False,
+        caution: bool = False,
+        mars_gamma: float = 0.0025,
+        gradient_clipping: Any = use_default,
+        update_clipping: Any = use_default,
+        palm: Any = use_default,
+        beta2_scale: float = 0.8,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(**arguments(locals()))
+
+
+class ForeachRMSprop(_Averaged):
+    """RMSprop (Hinton 2012), debiased and without momentum; r and weight_lr_power have no effect."""
+
+    recipe = staticmethod(recipes.rmsprop)
+
+
+class ForeachSFAdamW(_Averaged, TrainEval):
+    """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682).
+
+    Call `eval()` before evaluating or saving the model, and `train()` before training on, as with the authors' package.
+    """
+
+    recipe = staticmethod(recipes.sfadamw)
+
+
+class PaLMForeachSFAdamW(ForeachSFAdamW):
+    """Schedule-Free AdamW with PaLM's beta2."""
+
+    palm = True

@@ -1,0 +1,113 @@
+"""Between the two views of one state: a transform's nested dicts, and torch.optim's dict of tensors per parameter.
+
+Both views share memory: entries of a parameter's dict are the tensors of the functional state, or rows of its stacks.
+A stateful step writes in place, so neither view ever goes stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from hbfunc.transform import Layout, State
+
+Place = tuple[str, ...]  # keys from the root of a state to one of its tensors
+
+
+def places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
+    """Every tensor of a state with its place, in order; hyperparameters, whose home is the param group, left out."""
+    for key, value in state.items():
+        if not isinstance(value, dict):
+            yield (*prefix, key), value
+        elif key != "hyper":
+            yield from places(value, (*prefix, key))
+
+
+def hyper_places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
+    """Every hyperparameter of a state with its place, wherever in nested chains it is."""
+    for key, value in state.items():
+        if key == "hyper":
+            yield from (((*prefix, key, name), tensor) for name, tensor in value.items())
+        elif isinstance(value, dict):
+            yield from hyper_places(value, (*prefix, key))
+
+
+def nested(flat: Mapping[Place, Tensor]) -> State:
+    """The inverse of `places`."""
+    state: State = {}
+    for place, value in flat.items():
+        node = state
+        for key in place[:-1]:
+            node = node.setdefault(key, {})
+        node[place[-1]] = value
+    return state
+
+
+def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, dict[str, Tensor]]:
+    """path -> name -> view: what `optimizer.state[p]` shows.
+
+    A tensor is named by the place of its dict without the transforms' names ("exp_avg"), or with them where that is
+    ambiguous ("scale_by_adam_2.exp_avg"). A parameter sees its rows of a stack, and every tensor that all share (a key).
+    """
+    found: list[tuple[Place, str, Tensor]] = []  # name, path, view
+    for place, value in places(state):
+        rows = _rows(layout, place)
+        if rows is not None:
+            for path in dict.fromkeys(rows):
+                first, count = rows.index(path), rows.count(path)
+                name = place[:-1] if _buckets(layout, place, path) == 1 else place
+                found.append((name, path, value[first] if count == 1 else value[first : first + count]))
+        elif place[-1] in paths:
+            found.append((place[:-1], place[-1], value))
+        else:
+            found += [(place, path, value) for path in paths]
+    owners: dict[str, set[Place]] = {}
+    for name, _, _ in found:
+        owners.setdefault(name[-1], set()).add(name)
+    views: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
+    for name, path, view in found:
+        views[path][name[-1] if len(owners[name[-1]]) == 1 else ".".join(name)] = view
+    return views
+
+
+def _rows(layout: Layout, place: Place) -> tuple[str, ...] | None:
+    """The paths of the rows of the stack at a place, or None where there is no stack."""
+    node = layout
+    for key in place:
+        if not isinstance(node, dict) or key not in node:
+            return None
+        node = node[key]
+    return tuple(node)
+
+
+def _buckets(layout: Layout, place: Place, path: str) -> int:
+    """In how many stacks beside the one at `place` (itself included) a parameter has rows: `split` makes several."""
+    node = layout
+    for key in place[:-1]:
+        node = node[key]
+    return sum(path in rows for rows in node.values())
+
+
+def adopt(views: dict[str, dict[str, Tensor]], values: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copy per-parameter values into the views of a fresh state. Raises before the first copy if anything is amiss."""
+    for path, entries in values.items():
+        expected = views[path]
+        for name in {**expected, **entries}:
+            if name not in entries:
+                raise ValueError(f"state of parameter {path!r} lacks {name!r}: expected {', '.join(expected)}")
+            if name not in expected:
+                raise ValueError(f"state of parameter {path!r} has an unknown {name!r}: expected {', '.join(expected)}")
+            value, view = entries[name], expected[name]
+            if not isinstance(value, Tensor):
+                raise TypeError(f"state of parameter {path!r}: {name!r} is {type(value).__name__}, expected a tensor")
+            if value.shape != view.shape or value.is_floating_point() != view.is_floating_point():
+                raise ValueError(
+                    f"state of parameter {path!r}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, "
+                    f"expected {view.dtype} of shape {tuple(view.shape)}"
+                )
+    with torch.no_grad():
+        for path, entries in values.items():
+            for name, value in entries.items():
+                views[path][name].copy_(value)
