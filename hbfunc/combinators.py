@@ -31,8 +31,8 @@ from hbfunc.transforms.adaptive import ema
 def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) -> Transform:
     """The transform `factory(**values)` with its numbers in the state, as 0-dim tensors under "hyper".
 
-    The transform is rebuilt from the state at every update, so a value written there persists, one compiled graph serves
-    every value, `torch.vmap` over the state is a sweep, and `torch.func.grad` with respect to it a hypergradient.
+    The transform is rebuilt from the state at every update, so a value written there persists, one compiled graph
+    serves every value, `torch.vmap` over the state is a sweep, and `torch.func.grad` by it gives a hypergradient.
     Floats and 0-dim tensors are numbers; choices (bool, int, str), schedules and other objects stay in the closure.
     Numbers take the dtype of the computation, integer tensors keep theirs.
 
@@ -175,7 +175,7 @@ def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9)
         factor = gamma * beta1 / (1 - beta1)
         return (
             {k: g + factor * (g - state["previous"][k]) for k, g in updates.items()},
-            kept(state, previous=dict(updates)),
+            kept(state, previous={k: g.clone() for k, g in updates.items()}),  # the caller may zero its gradients
         )
 
     return transform(init, update, "mars")
