@@ -19,5 +19,8 @@ Arguments that all recipes share:
 """
 
 from hbfunc.recipes.first_order import adamw, adopt, laprop, rmsprop, sfadamw
+from hbfunc.recipes.orthogonal import muon, muon_laprop
+from hbfunc.recipes.partitioned import matrices_to
+from hbfunc.recipes.soap import soap
 
-__all__ = ["adamw", "adopt", "laprop", "rmsprop", "sfadamw"]
+__all__ = ["adamw", "adopt", "laprop", "matrices_to", "muon", "muon_laprop", "rmsprop", "sfadamw", "soap"]

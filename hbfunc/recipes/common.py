@@ -2,14 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from hbfunc.combinators import caution as caution_
-from hbfunc.combinators import mars_correction
-from hbfunc.transform import Transform, check_number
+from hbfunc.combinators import mars_correction, with_hyperparameters
+from hbfunc.precision import round_to_parameters, with_storage
+from hbfunc.schedules import Number, after_first, palm_beta2, warmup
+from hbfunc.transform import Transform, chain, check_number
 from hbfunc.transforms.clipping import Clip, clip_by
+from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 
 Clipping = str | Clip | Transform | None
+
+
+def around(
+    scale_by: Callable[..., Transform],
+    lr: Number,
+    betas: Sequence[Number],
+    eps: float | Tensor,
+    weight_decay: Number,
+    warmup_steps: int,
+    mars: bool,
+    caution: bool,
+    mars_gamma: float | Tensor,
+    gradient_clipping: Clipping,
+    update_clipping: Clipping,
+    palm: bool,
+    beta2_scale: float | Tensor,
+    caution_scaling: bool,
+    seed: int | Tensor,
+    storage_dtype: str = "float32",
+    hold_first: bool = False,
+    **more: Any,
+) -> Transform:
+    """The recipe around the rule `scale_by(beta1, beta2, eps, **more)`; `more` becomes hyperparameters and choices.
+
+    hold_first: the rule's first step moves nothing, so neither does weight decay.
+    """
+
+    def rule(
+        lr: Number,
+        beta1: Number,
+        beta2: Number,
+        eps: Any,
+        weight_decay: Number,
+        mars_gamma: Any,
+        beta2_scale: Any,
+        **more: Any,
+    ) -> Transform:
+        return with_storage(
+            chain(
+                *before(mars, mars_gamma, beta1, gradient_clipping),
+                scale_by(beta1, palm_beta2(beta2_scale) if palm else beta2, eps, **more),
+                *after(update_clipping, caution, caution_scaling),
+                add_decayed_weights(after_first(weight_decay) if hold_first else weight_decay),
+                scale_by_learning_rate(warmup(lr, warmup_steps)),
+                round_to_parameters(seed),
+            ),
+            storage_dtype,
+            seed,
+        )
+
+    return with_hyperparameters(rule, **numbers(lr, betas, eps, weight_decay, mars_gamma, beta2_scale), **more)
 
 
 def before(mars: bool, mars_gamma: Any, beta1: Any, gradient_clipping: Clipping) -> list[Transform]:

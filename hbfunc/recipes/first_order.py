@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes.common import Clipping, after, before, number, numbers
-from hbfunc.schedules import Number, after_first, palm_beta2, warmup
+from hbfunc.recipes.common import Clipping, after, around, before, number, numbers
+from hbfunc.schedules import Number, palm_beta2, warmup
 from hbfunc.transform import Transform, chain
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
 from hbfunc.transforms.schedule_free import schedule_free
-from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
+from hbfunc.transforms.steps import add_decayed_weights
 
 
 def adamw(
@@ -37,7 +37,7 @@ def adamw(
     seed: int | Tensor = 0,
 ) -> Transform:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
-    return _moments(scale_by_adam, **locals())
+    return around(scale_by_adam, **locals())
 
 
 def laprop(
@@ -59,7 +59,7 @@ def laprop(
     seed: int | Tensor = 0,
 ) -> Transform:
     """LaProp (Ziyin et al. 2020, arXiv 2002.04839): Adam with the normalisation before the momentum."""
-    return _moments(scale_by_laprop, **locals())
+    return around(scale_by_laprop, **locals())
 
 
 def adopt(
@@ -81,7 +81,7 @@ def adopt(
     seed: int | Tensor = 0,
 ) -> Transform:
     """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853). The first step moves nothing, weight decay included."""
-    return _moments(scale_by_adopt, hold_first=True, **locals())
+    return around(scale_by_adopt, hold_first=True, **locals())
 
 
 def rmsprop(
@@ -113,7 +113,7 @@ def rmsprop(
             f"r={r} and weight_lr_power={weight_lr_power} have no effect in rmsprop: leave them out", stacklevel=2
         )
     options = {k: v for k, v in locals().items() if k not in ("r", "weight_lr_power")}
-    return _moments(lambda beta1, beta2, eps: scale_by_exp_avg_sq(beta2, eps), **options)
+    return around(lambda beta1, beta2, eps: scale_by_exp_avg_sq(beta2, eps), **options)
 
 
 def sfadamw(
@@ -168,43 +168,3 @@ def sfadamw(
         r=number("r", r),
         weight_lr_power=number("weight_lr_power", weight_lr_power),
     )
-
-
-def _moments(
-    scale_by: Callable[..., Transform],
-    lr: Number,
-    betas: Sequence[Number],
-    eps: float | Tensor,
-    weight_decay: Number,
-    warmup_steps: int,
-    storage_dtype: str,
-    mars: bool,
-    caution: bool,
-    mars_gamma: float | Tensor,
-    gradient_clipping: Clipping,
-    update_clipping: Clipping,
-    palm: bool,
-    beta2_scale: float | Tensor,
-    caution_scaling: bool,
-    seed: int | Tensor,
-    hold_first: bool = False,
-) -> Transform:
-    """The recipe of the rules with up to two moments and no matrices: `scale_by(beta1, beta2, eps)`."""
-
-    def rule(
-        lr: Number, beta1: Number, beta2: Number, eps: Any, weight_decay: Number, mars_gamma: Any, beta2_scale: Any
-    ) -> Transform:
-        return with_storage(
-            chain(
-                *before(mars, mars_gamma, beta1, gradient_clipping),
-                scale_by(beta1, palm_beta2(beta2_scale) if palm else beta2, eps),
-                *after(update_clipping, caution, caution_scaling),
-                add_decayed_weights(after_first(weight_decay) if hold_first else weight_decay),
-                scale_by_learning_rate(warmup(lr, warmup_steps)),
-                round_to_parameters(seed),
-            ),
-            storage_dtype,
-            seed,
-        )
-
-    return with_hyperparameters(rule, **numbers(lr, betas, eps, weight_decay, mars_gamma, beta2_scale))

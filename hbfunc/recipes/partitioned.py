@@ -1,0 +1,45 @@
+"""One optimizer for the hidden matrices, another for the rest of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+
+from torch import Tensor
+
+from hbfunc.combinators import partition
+from hbfunc.recipes.first_order import adamw
+from hbfunc.transform import Transform
+
+# What the input and output layers of common models are called.
+ENDS = ("*embed*", "emb", "*_emb", "wte", "wpe", "head", "heads", "*_head", "classifier")
+
+
+def matrices_to(
+    matrices: Transform,
+    rest: Transform | None = None,
+    exclude: str | Sequence[str] | Callable[[str, Tensor], bool] = ENDS,
+) -> Transform:
+    """Leaves of two or more dims to `matrices`, vectors, scalars and what is excluded to `rest`, by default `adamw()`.
+
+    exclude: embeddings and heads, which an orthogonalised update does not suit: shell patterns for any one part of a
+        path ("*embed*" for "model.embed_tokens.weight"), or a function (path, parameter) -> bool. By default the
+        usual names of input and output layers. `()` excludes nothing.
+
+    Each half keeps its hyperparameters: state["matrices"]["hyper"] and state["rest"]["hyper"].
+
+        tx = matrices_to(muon(lr=0.02), rest=adamw(lr=3e-4))
+        tx = matrices_to(soap(), exclude=lambda path, p: max(p.shape) > 10_000)
+    """
+
+    patterns = [exclude] if isinstance(exclude, str) else exclude
+
+    def excluded(path: str, p: Tensor) -> bool:
+        if callable(patterns):
+            return patterns(path, p)
+        return any(fnmatch(part, pattern) for part in path.split(".") for pattern in patterns)
+
+    def label(path: str, p: Tensor) -> str:
+        return "matrices" if p.ndim > 1 and not excluded(path, p) else "rest"
+
+    return partition({"matrices": matrices, "rest": adamw() if rest is None else rest}, label)

@@ -1,0 +1,35 @@
+"""Orthogonalised updates: every direction of a matrix moves equally far (Muon)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from hbfunc import buckets
+from hbfunc.linalg import polar
+from hbfunc.transform import Leaves, State, Transform, transform
+
+METHODS = ("newtonschulz", "polar_express", "svd", "qr")
+
+
+def orthogonalize(method: str = "newtonschulz") -> Transform:
+    """polar(u) * sqrt(max(1, rows / cols)), with leaves of more than two dims seen as [d0, d1 d2 ...]; Muon's step
+    (Jordan et al. 2024) on the updates of a momentum. Leaves of fewer than two dims pass through.
+
+    method: "newtonschulz", "polar_express" or "svd", see `hbfunc.linalg.polar.orthogonalize`; "qr" is another name of
+    "newtonschulz". Matrices of one shape go through one batched kernel. Raises ValueError for another method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, METHODS))}")
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        matrices = buckets.plan({k: u for k, u in updates.items() if u.ndim > 1}, merge=buckets.matrix_shape)
+        stacks = {}
+        for name, bucket in matrices.items():
+            rows, columns = bucket.shape
+            factor = polar.orthogonalize(buckets.stack(bucket, updates), method)
+            stacks[name] = factor * math.sqrt(max(1, rows / columns))
+        return {**updates, **buckets.unstack(matrices, stacks, updates)}, {}
+
+    return transform(lambda params: {}, update, "orthogonalize")

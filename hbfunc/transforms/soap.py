@@ -1,0 +1,329 @@
+"""SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the eigenbasis of Shampoo's preconditioner.
+
+Each mode of a matrix (or tensor) has a covariance GG, an average of outer products of the updates, and an orthonormal
+basis Q of its eigenvectors. Adam runs on the rotated update, u' = Q_0^T u Q_1, and its step is rotated back. The first
+step takes Q from an eigendecomposition and moves nothing; later Q follows GG by one orthogonal iteration when due.
+
+All state of the matrices is stacked by shape, moments included: these live in the rotated, merged and split
+coordinates, where they match no parameter entry by entry, and stacking them anew at each step would copy them twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc import buckets, random
+from hbfunc.branch import branch
+from hbfunc.buckets import Bucket
+from hbfunc.linalg import eigenbasis as bases
+from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, materialize
+from hbfunc.transform import Flat, Layout, Leaves, State, Transform, check_number, compute_dtype, kept, transform
+from hbfunc.transforms.adaptive import check_adam, denominator, ema
+
+Refresh = bool | str | None
+Stacks = dict[str, Tensor]  # of one bucket: exp_avg and exp_avg_sq [k, *shape], GG_d and Q_d [k, n, n] of some modes d
+
+
+def scale_by_soap(
+    beta1: Number = 0.9,
+    beta2: Number = 0.95,
+    shampoo_beta: Number = 0.95,
+    eps: float | Tensor = 1e-8,
+    *,
+    precondition_frequency: int | Tensor = 2,
+    max_precond_dim: int = 2048,
+    merge_dims: bool = True,
+    precondition_1d: bool = False,
+    normalize_grads: bool = False,
+    data_format: str = "channels_first",
+    correct_bias: bool = True,
+    split: bool = False,
+    inner: str = "adam",
+    use_precond_schedule: bool = False,
+    precond_scheduler: Sequence[float] = (1 / 3, 9),
+    seed: int | Tensor = 0,
+    stop_gradient: bool = False,
+) -> Transform:
+    """Algorithm 3 of the paper, with debiased averages. With t a leaf's own count:
+
+    t = 1: GG_d = outer product of u over mode d, Q_d its eigenvectors; the update is 0, the moments stay as they are.
+    t > 1: the inner rule's step t - 1 on the rotated update; GG_d <- average with shampoo_beta; when due, Q_d <- QR of
+    GG_d Q_d, columns ordered by eigenvalue estimate, and the moments move along with the basis.
+
+    beta1, beta2: of the inner rule, which counts its own steps (so does a schedule, `palm_beta2` for one).
+    precondition_frequency: due when t is a multiple of it; a tensor may differ between the lanes of a `torch.vmap`.
+    use_precond_schedule: due with probability `refresh_probability(t, *precond_scheduler)` instead, drawn from a key in
+        the state, once per step for all leaves of the same count.
+    max_precond_dim: larger dims have no factor, like dims of size 1 and leaves of one dim (but see precondition_1d).
+    merge_dims: multiply dims together up to max_precond_dim, see `hbfunc.buckets.merge_dims`.
+    split: cut dims that are larger than max_precond_dim into chunks; each block is preconditioned by itself.
+    data_format: "channels_last" for 4-d leaves whose dims are [out, height, width, in].
+    normalize_grads: divide the update of each leaf by its root mean square.
+    correct_bias: debias the moments; False uses plain betas.
+    inner: "adam" or "laprop".
+    stop_gradient: keep derivatives from going through the bases. By default hypergradients are exact; but a covariance
+        of deficient rank (rows > steps * columns, dead units) has no derivative, and they may be inf or NaN there.
+
+    `update(..., refresh=)`: None decides in the graph and leaf by leaf. The other values are for callers who know the
+    step of all leaves (see `refresh_schedule`): "first" is t = 1 for all, True refreshes all, False none. A leaf whose
+    t is 1 under True or False starts from the identity, where None gives it eigenvectors.
+
+    Raises ValueError or TypeError for a Python number or choice outside its range.
+    """
+    check_adam(beta1, beta2, eps)
+    check_number("shampoo_beta", shampoo_beta, 0, 1, open_high=True)
+    _check_choices(precondition_frequency, max_precond_dim, data_format, inner, precond_scheduler)
+    due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None)
+    first, again = partial(_first, stop_gradient=stop_gradient), partial(_again, stop_gradient=stop_gradient)
+
+    def plan(params: Flat) -> dict[str, Bucket]:
+        return buckets.plan(
+            params,
+            merge=partial(buckets.merge_dims, max_dim=max_precond_dim) if merge_dims else None,
+            split=max_precond_dim if split else None,
+            channels_last=data_format == "channels_last",
+        )
+
+    def modes(bucket: Bucket) -> list[int]:
+        """Those that have a factor. Merging keeps dim 0: the leaves of a bucket of one dim have no more themselves."""
+        if len(bucket.shape) == 1 and not precondition_1d:
+            return []
+        return [d for d, size in enumerate(bucket.shape) if 1 < size <= max_precond_dim]
+
+    def init(params: Leaves) -> State:
+        state: State = {"count": count_zeros(params), "exp_avg": {}, "exp_avg_sq": {}}
+        if use_precond_schedule and params:
+            state["key"] = random.key(seed).to(next(iter(params.values())).device)
+        for name, bucket in plan(params).items():
+            k, like = len(bucket.blocks), params[bucket.paths[0]]
+            zeros = partial(torch.zeros, dtype=compute_dtype(like), device=like.device)
+            state["exp_avg"][name] = zeros(k, *bucket.shape)
+            state["exp_avg_sq"][name] = zeros(k, *bucket.shape)
+            for d in modes(bucket):
+                size = bucket.shape[d]
+                eye = torch.eye(size, dtype=compute_dtype(like), device=like.device)
+                state.setdefault(f"GG_{d}", {})[name] = zeros(k, size, size)
+                state.setdefault(f"Q_{d}", {})[name] = eye.repeat(k, 1, 1)
+        return state
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, *, refresh: Refresh = None
+    ) -> tuple[dict[str, Tensor], State]:
+        if not (refresh is None or isinstance(refresh, bool) or refresh == "first"):
+            raise ValueError(f"refresh={refresh!r}: expected None, True, False or 'first'")
+        count = increment(state["count"], updates)
+        planned = plan(params)
+        rows = {n: buckets.present(b, updates) for n, b in planned.items()}
+        here = {n: b for n, b in planned.items() if rows[n] != ()}
+        if not here:
+            return updates, kept(state, count=count)
+        t = torch.stack([count[path] for b in here.values() for path in b.paths if path in updates])
+        stacks = {n: _take(state, n, rows[n]) for n in here}
+        scalars = _scalars(t, stacks, beta1, beta2, shampoo_beta, correct_bias)
+
+        steps = {}
+        for name, bucket in here.items():
+            x, s, (moves, w1, w2, w3) = buckets.stack(bucket, updates), stacks[name], scalars[name]
+            if refresh == "first":
+                steps[name] = torch.zeros_like(x)
+            else:
+                qs = [s.get(f"Q_{d}") for d in range(len(bucket.shape))]
+                u, m, v = _inner_step(inner, bases.project(x, qs), s["exp_avg"], s["exp_avg_sq"], w1, w2, eps)
+                steps[name] = torch.where(_along(moves, x) > 0, bases.project_back(u, qs), 0)
+                s = {**s, "exp_avg": m, "exp_avg_sq": v}
+            gg = {f"GG_{d}": bases.outer_product(x, d, len(bucket.shape)) for d in modes(bucket)}
+            stacks[name] = {**s, **{key: ema(s[key], new, _along(w3, new)) for key, new in gg.items()}}
+
+        if refresh is None:
+            stacks = _where(t == 1, first, ("Q_",), stacks)
+            stacks = _where((t > 1) & due(t, state.get("key")), again, ("Q_", "exp_avg"), stacks)
+        elif refresh:
+            rule = first if refresh == "first" else again
+            stacks = {n: {**s, **rule(s)} for n, s in stacks.items()}
+
+        stepped = {**updates, **buckets.unstack(here, steps, updates)}
+        if normalize_grads:
+            stepped = {k: _normalized(x) for k, x in stepped.items()}
+        return stepped, kept(state, count=count, **_put(state, stacks, rows))
+
+    def layout(params: Flat) -> Layout:
+        places: Layout = {}
+        for name, bucket in plan(params).items():
+            for key in ("exp_avg", "exp_avg_sq", *[f"{x}_{d}" for d in modes(bucket) for x in ("GG", "Q")]):
+                places.setdefault(key, {})[name] = bucket.paths
+        return places
+
+    return transform(init, update, "scale_by_soap", ("refresh",), layout)
+
+
+def refresh_probability(t: Tensor, power: float = 1 / 3, base: float = 9) -> Tensor:
+    """1 / (1 + log10(t^power)^base) of float64 t: 1 at t = 1, .9746 at 100, .5 at 1000, .0698 at 10,000."""
+    return 1 / (1 + torch.log10(t**power) ** base)
+
+
+def refresh_schedule(
+    precondition_frequency: int = 2,
+    use_precond_schedule: bool = False,
+    precond_scheduler: Sequence[float] = (1 / 3, 9),
+    seed: int | Tensor = 0,
+    key: Tensor | None = None,
+) -> Callable[[int], bool | str]:
+    """What `refresh=None` decides at step t = 1, 2, ..., in advance and outside of the graph: "first", True or False.
+
+    For callers whose leaves share their count, from the options of `scale_by_soap`; `key` is the one in its state.
+
+        due = refresh_schedule(precondition_frequency=10)
+        updates, state = tx.update(state, grads, params, refresh=due(t))
+    """
+    due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None)
+    key = (random.key(seed) if key is None else key).cpu()
+    return lambda t: "first" if t == 1 else bool(due(torch.tensor([t]), key))
+
+
+def _due(frequency: int | Tensor, scheduler: Sequence[float] | None) -> Callable[[Tensor, Any], Tensor]:
+    """(counts, key) -> whether each is due, the first step aside."""
+    if scheduler is None:
+        return lambda t, key: t % frequency == 0
+    power, base = scheduler
+
+    def drawn(t: Tensor, key: Tensor) -> Tensor:
+        draws = torch.vmap(lambda step: random.uniform(random.fold_in(key, step)))(t)
+        return draws < refresh_probability(t.to(torch.float64), power, base)
+
+    return drawn
+
+
+def _scalars(
+    t: Tensor, stacks: dict[str, Stacks], beta1: Number, beta2: Number, shampoo_beta: Number, correct_bias: bool
+) -> dict[str, list[Tensor]]:
+    """By bucket, a vector over its rows each: whether they move, the weights of the new in m, v and GG.
+
+    Computed once for all rows, behind an opaque operation, see `per_leaf`.
+    """
+    n, moves = t.to(torch.float64), t > 1
+    inner = (n - 1).clamp(min=1)
+    weights = [ema_weight(x, inner) if correct_bias else 1 - at(x, inner) for x in (beta1, beta2)]
+    columns = [moves, *[torch.where(moves, w, 0) for w in weights], ema_weight(shampoo_beta, n)]
+    moments = {name: s["exp_avg"] for name, s in stacks.items()}
+    dtype = torch.float64 if any(m.dtype == torch.float64 for m in moments.values()) else torch.float32
+    table = materialize(torch.stack([c.to(torch.float64) for c in columns]).to(dtype))
+    parts = table.split([len(m) for m in moments.values()], dim=1)
+    return {name: list(part.to(m.dtype)) for (name, m), part in zip(moments.items(), parts, strict=True)}
+
+
+def _along(rows: Tensor, like: Tensor) -> Tensor:
+    """A vector over the rows of a stack, shaped to multiply it."""
+    return rows.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _inner_step(
+    inner: str, x: Tensor, m: Tensor, v: Tensor, w1: Tensor, w2: Tensor, eps: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The update and moments of Adam or LaProp."""
+    w1, w2 = _along(w1, x), _along(w2, x)
+    v = ema(v, x * x, w2)
+    if inner == "laprop":
+        m = ema(m, x / denominator(v, eps), w1)
+        return m, m, v
+    m = ema(m, x, w1)
+    return m / denominator(v, eps), m, v
+
+
+def _first(s: Stacks, stop_gradient: bool) -> Stacks:
+    """The bases that open: eigenvectors. Where gradients overflowed (eigh would raise), of what is finite."""
+    return {
+        key.replace("GG", "Q"): bases.eigenbasis(torch.where(gg.isfinite(), gg.detach() if stop_gradient else gg, 0))
+        for key, gg in s.items()
+        if key.startswith("GG_")
+    }
+
+
+def _again(s: Stacks, stop_gradient: bool) -> Stacks:
+    """The bases after an orthogonal iteration. m is rotated from the old ones to them, v permuted with the columns."""
+    m, v = s["exp_avg"], s["exp_avg_sq"]
+    old: list[Tensor | None] = [s.get(f"Q_{d}") for d in range(m.ndim - 1)]
+    new = list(old)
+    for d, q in enumerate(old):
+        if q is not None:
+            gg = s[f"GG_{d}"]
+            new[d], order = bases.refresh(q, gg.detach() if stop_gradient else gg)
+            v = v.gather(d + 1, order.reshape(len(m), *(1,) * d, -1, *(1,) * (m.ndim - 2 - d)).expand_as(v))
+    m = bases.project(bases.project_back(m, old), new)
+    return {**{f"Q_{d}": q for d, q in enumerate(new) if q is not None}, "exp_avg": m, "exp_avg_sq": v}
+
+
+def _where(
+    rows: Tensor, rule: Callable[[Stacks], Stacks], changes: tuple[str, ...], stacks: dict[str, Stacks]
+) -> dict[str, Stacks]:
+    """rule(stacks of a bucket) in the marked rows, computed only if there are any; `changes` are its keys' prefixes."""
+    stacked = [(n, key) for n, s in stacks.items() if any(k.startswith("GG_") for k in s) for key in s]
+    changed = [(n, key) for n, key in stacked if key.startswith(changes)]
+    read = [*changed, *[(n, key) for n, key in stacked if key.startswith("GG_")]]
+    if not changed:
+        return stacks
+    sizes = [len(s["exp_avg"]) for s in stacks.values()]
+
+    def then(rows: Tensor, *values: Tensor) -> list[Tensor]:
+        marked = dict(zip(stacks, rows.split(sizes), strict=True))
+        old: dict[str, Stacks] = {}
+        for (n, key), x in zip(read, values, strict=True):
+            old.setdefault(n, {})[key] = _or_regular(marked[n], x) if key.startswith("GG_") else x
+        new = {n: rule(s) for n, s in old.items()}
+        return [torch.where(_along(marked[n], old[n][key]), new[n][key], old[n][key]) for n, key in changed]
+
+    def otherwise(rows: Tensor, *values: Tensor) -> Sequence[Tensor]:
+        return values[: len(changed)]
+
+    values = branch(rows.any(), then, otherwise, [rows, *[stacks[n][key] for n, key in read]])
+    new = {n: dict(s) for n, s in stacks.items()}
+    for (n, key), x in zip(changed, values, strict=True):
+        new[n][key] = x
+    return new
+
+
+def _or_regular(rows: Tensor, gg: Tensor) -> Tensor:
+    """gg, and a matrix with distinct eigenvalues in the rows that are not marked: derivatives are finite there."""
+    return torch.where(_along(rows, gg), gg, torch.arange(1, gg.shape[-1] + 1, dtype=gg.dtype, device=gg.device).diag())
+
+
+def _normalized(u: Tensor) -> Tensor:
+    return u / torch.sqrt(u.square().mean().clamp(min=torch.finfo(u.dtype).tiny))
+
+
+def _take(state: State, name: str, rows: tuple[int, ...] | None) -> Stacks:
+    """The stacks of a bucket, of the given rows only."""
+    stacks = {key: x[name] for key, x in state.items() if isinstance(x, dict) and name in x and key != "count"}
+    return stacks if rows is None else {key: torch.stack([x[i] for i in rows]) for key, x in stacks.items()}
+
+
+def _put(state: State, stacks: dict[str, Stacks], rows: dict[str, tuple[int, ...] | None]) -> dict[str, Stacks]:
+    """By state key and bucket: the stacks, and the old rows where they have none."""
+    new: dict[str, Stacks] = {}
+    for name, s in stacks.items():
+        for key, x in s.items():
+            there = rows[name]
+            if there is not None:
+                fresh = dict(zip(there, x.unbind(), strict=True))
+                x = torch.stack([fresh.get(i, old) for i, old in enumerate(state[key][name].unbind())])
+            new.setdefault(key, {})[name] = x
+    return new
+
+
+def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, inner: str, scheduler: Any) -> None:
+    for what, value in (("precondition_frequency", frequency), ("max_precond_dim", max_precond_dim)):
+        tensor = isinstance(value, Tensor) and what == "precondition_frequency"
+        if not tensor and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{what}={value!r}: expected a positive int")
+    for what, choice, choices in (
+        ("data_format", data_format, ("channels_first", "channels_last")),
+        ("inner", inner, ("adam", "laprop")),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{what}={choice!r}: expected one of {', '.join(map(repr, choices))}")
+    if len(scheduler) != 2:
+        raise ValueError(f"precond_scheduler={scheduler!r}: expected two numbers, power and base")
