@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from hbfunc.sweep.engine import Lane, Metrics, Refresh, Step, hyper, with_hyper
@@ -39,10 +40,11 @@ def unroll(
 
     refresh: a function of t = 1, ..., T, decided here: torch.func.grad does not pass through a branch in the graph.
     checkpoint_every: steps per segment that is computed twice, about sqrt(T) for the least memory. The derivative then
-        reaches the lane and the batches only, not tensors that `step` has captured: put hyperparameters into the lane
+        reaches the lane and the batches, but not tensors that `step` has captured: put hyperparameters into the lane
         (`with_hyper`). None keeps everything.
 
-    Raises ValueError for no batches and for checkpoint_every < 1.
+    Raises ValueError for no batches, for checkpoint_every < 1, and in a checkpointed segment for a captured tensor that
+    torch.func differentiates by.
     """
     total = len(batches)
     if not total or (checkpoint_every is not None and checkpoint_every < 1):
@@ -109,7 +111,9 @@ def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
         @staticmethod
         def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
             same = {id(x) for x in leaves}
-            return tuple(x.clone() if id(x) in same else x for x in flat(*leaves))
+            with _NothingCaptured():
+                out = flat(*leaves)
+            return tuple(x.clone() if id(x) in same else x for x in out)  # what is saved must not be returned
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -118,7 +122,8 @@ def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            saved = list(ctx.saved_tensors)
+            saved = [_functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]  # the transform may have ended
+            again = _differentiated_again(ctx.saved_tensors, grads)
 
             def moved(*xs: Tensor) -> list[Tensor]:
                 given = list(saved)
@@ -127,7 +132,7 @@ def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
                 return [x for x in flat(*given) if x.is_floating_point()]
 
             # torch.func.grad records its backward pass, in case it is differentiated again: for nothing, mostly.
-            with torch.set_grad_enabled(_differentiated_again([*saved, *grads])):
+            with torch.set_grad_enabled(again):
                 pull = torch.func.vjp(moved, *[saved[i] for i in moving])[1]
                 slopes = dict(zip(moving, pull([g for g in grads if g.is_floating_point()]), strict=True))
             return tuple(slopes.get(i) for i in range(len(saved)))
@@ -135,16 +140,36 @@ def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
     return pytree.tree_unflatten(list(Segment.apply(*leaves)), out_specs[0])
 
 
-def _differentiated_again(tensors: Sequence[Tensor]) -> bool:
-    """Within a backward pass: whether a derivative of its result will be wanted."""
-    stack = _functorch.get_interpreter_stack() or []
-    levels = sum(level.key() == _functorch.TransformType.Grad for level in stack)
-    if levels == 0:
+class _NothingCaptured(TorchFunctionMode):
+    """Raises ValueError where a computation meets a tensor that an enclosing torch.func transform differentiates by."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        now = max([level.level() for level in _functorch.get_interpreter_stack() or []], default=0)
+        for x in pytree.tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and _functorch.is_gradtrackingtensor(x) and _functorch.maybe_get_level(x) > now:
+                raise ValueError(
+                    "a checkpointed function has captured a tensor to differentiate by: pass it in the lane"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _differentiated_again(saved: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """In the backward pass of a function: whether a derivative of the result will be wanted.
+
+    Under torch.func that is when something here is tracked by another transform than the function was, as seen from
+    the wrappers that a tensor has, one for each transform.
+    """
+    levels = [level for x in saved for level, _ in _tracked(x)[:-1]]
+    if not levels:
         return torch.is_grad_enabled()
-    return levels > 1 or any(_innermost(x).requires_grad for x in tensors)
+    return any(level != levels[0] for x in [*saved, *grads] for level, moves in _tracked(x) if moves)
 
 
-def _innermost(x: Tensor) -> Tensor:
+def _tracked(x: Tensor) -> list[tuple[int, bool]]:
+    """For each transform that differentiates, inside first: its level, and whether it tracks x. 0: plain autograd."""
+    layers = []
     while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_gradtrackingtensor(x):
+            layers.append((_functorch.maybe_get_level(x), x.requires_grad))
         x = _functorch.get_unwrapped(x)
-    return x
+    return [*layers, (0, x.requires_grad)]
