@@ -1,5 +1,6 @@
 """hbfunc: HeavyBall's documented optimizers as pure, functional transforms and as drop-in torch.optim classes."""
 
+from hbfunc import random, utils
 from hbfunc.combinators import (
     accumulate,
     apply_if_finite,
@@ -12,8 +13,43 @@ from hbfunc.combinators import (
     with_ema,
     with_hyperparameters,
 )
+from hbfunc.optim import (
+    ADOPT,
+    SOAP,
+    AdamW,
+    CachedDelayedPSGDKron,
+    CachedPSGDKron,
+    DelayedPSGD,
+    ForeachAdamW,
+    ForeachADOPT,
+    ForeachCachedDelayedPSGDKron,
+    ForeachCachedPSGDKron,
+    ForeachDelayedPSGD,
+    ForeachLaProp,
+    ForeachMuon,
+    ForeachPSGDKron,
+    ForeachPurePSGD,
+    ForeachRMSprop,
+    ForeachSFAdamW,
+    ForeachSOAP,
+    LaProp,
+    Muon,
+    MuonLaProp,
+    PaLMForeachSFAdamW,
+    PaLMForeachSOAP,
+    PaLMSFAdamW,
+    PaLMSOAP,
+    PrecondScheduleForeachSOAP,
+    PrecondSchedulePaLMForeachSOAP,
+    PrecondSchedulePaLMSOAP,
+    PrecondScheduleSOAP,
+    PSGDKron,
+    PurePSGD,
+    RMSprop,
+    SFAdamW,
+)
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes import adamw, adopt, laprop, matrices_to, muon, muon_laprop, rmsprop, sfadamw, soap
+from hbfunc.recipes import adamw, adopt, laprop, matrices_to, muon, muon_laprop, psgd_kron, rmsprop, sfadamw, soap
 from hbfunc.schedules import palm_beta2, warmup
 from hbfunc.transform import Transform, apply_updates, chain, stateless, transform
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
@@ -35,6 +71,39 @@ from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADOPT",
+    "SOAP",
+    "AdamW",
+    "CachedDelayedPSGDKron",
+    "CachedPSGDKron",
+    "DelayedPSGD",
+    "ForeachADOPT",
+    "ForeachAdamW",
+    "ForeachCachedDelayedPSGDKron",
+    "ForeachCachedPSGDKron",
+    "ForeachDelayedPSGD",
+    "ForeachLaProp",
+    "ForeachMuon",
+    "ForeachPSGDKron",
+    "ForeachPurePSGD",
+    "ForeachRMSprop",
+    "ForeachSFAdamW",
+    "ForeachSOAP",
+    "LaProp",
+    "Muon",
+    "MuonLaProp",
+    "PSGDKron",
+    "PaLMForeachSFAdamW",
+    "PaLMForeachSOAP",
+    "PaLMSFAdamW",
+    "PaLMSOAP",
+    "PrecondScheduleForeachSOAP",
+    "PrecondSchedulePaLMForeachSOAP",
+    "PrecondSchedulePaLMSOAP",
+    "PrecondScheduleSOAP",
+    "PurePSGD",
+    "RMSprop",
+    "SFAdamW",
     "Transform",
     "a_law_compress",
     "accumulate",
@@ -63,6 +132,8 @@ __all__ = [
     "orthogonalize",
     "palm_beta2",
     "partition",
+    "psgd_kron",
+    "random",
     "rmsnorm_clip",
     "rmsprop",
     "round_to_parameters",
@@ -80,6 +151,7 @@ __all__ = [
     "stateless",
     "transform",
     "trust_region_clip",
+    "utils",
     "warmup",
     "with_ema",
     "with_hyperparameters",

@@ -46,7 +46,9 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     if mode is None:
         return step
     # A code object of its own: torch.compile counts its few permitted recompilations per code object.
-    own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__)
+    own = types.FunctionType(
+        step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
+    )
     if mode in ("eager", "aot_eager"):
         return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode)
     if device.type == "cpu" and mode.startswith("max-autotune"):

@@ -12,7 +12,9 @@ from hbfunc.optim.shim import StatefulOptimizer, use_default
 from hbfunc.transforms.schedule_free import schedule_free_eval_params, schedule_free_train_params
 
 
-class _Moments(StatefulOptimizer):
+class Moments(StatefulOptimizer):
+    """The signature that AdamW, ADOPT, LaProp and MuonLaProp share."""
+
     def __init__(
         self,
         params: Any,
@@ -42,19 +44,19 @@ def arguments(scope: dict[str, Any]) -> dict[str, Any]:
     return {"params": scope["params"], "defaults": options, "foreach": scope["foreach"], "seed": scope["seed"]}
 
 
-class ForeachAdamW(_Moments):
+class ForeachAdamW(Moments):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
     recipe = staticmethod(recipes.adamw)
 
 
-class ForeachADOPT(_Moments):
+class ForeachADOPT(Moments):
     """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853)."""
 
     recipe = staticmethod(recipes.adopt)
 
 
-class ForeachLaProp(_Moments):
+class ForeachLaProp(Moments):
     """LaProp (Ziyin et al. 2020, arXiv 2002.04839)."""
 
     recipe = staticmethod(recipes.laprop)
@@ -85,7 +87,7 @@ class TrainEval(StatefulOptimizer):
                         p.copy_(move(z, p, group["betas"][0]))
                 group["train_mode"] = train
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As the base class. Raises RuntimeError in eval mode, where the parameters are not where gradients belong."""
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError("the optimizer is in eval mode: call optimizer.train() before step()")
@@ -93,6 +95,8 @@ class TrainEval(StatefulOptimizer):
 
 
 class _Averaged(StatefulOptimizer):
+    """The signature that RMSprop and Schedule-Free AdamW share."""
+
     def __init__(
         self,
         params: Any,

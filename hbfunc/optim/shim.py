@@ -60,6 +60,7 @@ class Unit:
         self.hyper = dict(hyper_places(state))
         self.tensors = dict(places(state)) | self.hyper
         self.values: dict[Any, Any] = {}  # of the hyperparameters, as last written
+        self.schedule: tuple[dict[str, Any], Refresh] | None = None
         self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
         self.steps: dict[Any, Step] = {}
 
@@ -113,6 +114,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     """
 
     recipe: ClassVar[Callable[..., Transform]]
+    schedule: ClassVar[Callable[..., Refresh] | None] = None  # of refreshes, from options and key of `scheduled`
+    scheduled: ClassVar[str] = ""
     gradient_clipping: Any = None
     update_clipping: Any = None
     palm: bool = False
@@ -143,18 +146,28 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return type(self).recipe(**self.options(group))
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What of a param group is passed to the recipe."""
+        """What is passed to the recipe: its options in a param group, and the settings of `hbfunc.utils`."""
         known = inspect.signature(type(self).recipe).parameters
-        return {k: v for k, v in group.items() if k in known}
+        settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
+        return {k: v for k, v in {**settings, **group}.items() if k in known}
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
         choices = {k: v for k, v in self.options(group).items() if not isinstance(v, (float, Tensor))}
         return tuple(map(id, _trainable(group))), group["foreach"], choices
 
-    def refresh(self, group: dict[str, Any]) -> Refresh | None:
-        """The host's copy of a group's refresh schedule, for transforms that have one: one graph per decision."""
-        return None
+    def refresh(self, group: dict[str, Any], unit: Unit) -> Refresh | None:
+        """The host's copy of the refresh schedule, for transforms that have one: one graph per decision."""
+        if self.schedule is None:
+            return None
+        known = inspect.signature(self.schedule).parameters
+        options = {k: v for k, v in self.options(group).items() if k in known}
+        if unit.schedule is None or unit.schedule[0] != options:
+            key = next((t for at, t in unit.tensors.items() if at[-2:] == (self.scheduled, "key")), None)
+            double = any(p.dtype == torch.float64 for p in unit.params)
+            dtype = {"dtype": torch.float64 if double else torch.float32} if "dtype" in known else {}
+            unit.schedule = options, self.schedule(**options, **dtype, key=key)
+        return unit.schedule[1]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -165,7 +178,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient, clear the gradients, return the closure's loss (or None)."""
         loss = None
         if closure is not None:
@@ -175,7 +188,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for group, unit in work:
             unit.write_hyper(group)
         for group, unit in work:
-            unit.step(self.refresh(group))
+            unit.step(self.refresh(group, unit))
         if self.use_ema:
             self.ema_update()
         for group in self.param_groups:
@@ -251,6 +264,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 p.copy_(state["ema"])
                 state["ema"].copy_(held)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, less the functions in param groups, so that `torch.load(weights_only=True)` takes it."""
+        state = super().state_dict()
+        groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's, but state keeps its dtype (float32 moments of bfloat16 parameters), and a state dict that
         does not fit, of another class, shape or key, raises and leaves the optimizer as it was."""
@@ -266,12 +285,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
             return
         old = {"state": self.state, "param_groups": self.param_groups, "_units": self._units}
         held = {
-            p: {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()} for p, entries in state["state"].items()
+            p: {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()}
+            for p, entries in state["state"].items()
         }
         for i, (mine, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
             if loaded.get("rule", mine["rule"]) != mine["rule"]:
                 raise ValueError(f"param_groups[{i}] is of {loaded['rule']!r}, expected {mine['rule']!r}")
-        groups = [{**self.defaults, **group} for group in state["param_groups"]]
+        # What a checkpoint does not hold (functions, options that are newer than it) stays as it is here.
+        groups = [{**mine, **loaded} for mine, loaded in zip(self.param_groups, state["param_groups"], strict=True)]
         super().__setstate__({"state": defaultdict(dict, held), "param_groups": groups, "_units": {}})
         try:
             for i, group in enumerate(groups):
@@ -285,7 +306,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
 def _hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Put every state tensor where torch's load_state_dict does not look."""
     held = {
-        p: {k: Held(v) if isinstance(v, Tensor) else v for k, v in entries.items()} if isinstance(entries, dict) else entries
+        p: {k: Held(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
+        if isinstance(entries, dict)
+        else entries
         for p, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": held}

@@ -21,6 +21,7 @@ Arguments that all recipes share:
 from hbfunc.recipes.first_order import adamw, adopt, laprop, rmsprop, sfadamw
 from hbfunc.recipes.orthogonal import muon, muon_laprop
 from hbfunc.recipes.partitioned import matrices_to
+from hbfunc.recipes.psgd import psgd_kron
 from hbfunc.recipes.soap import soap
 
-__all__ = ["adamw", "adopt", "laprop", "matrices_to", "muon", "muon_laprop", "rmsprop", "sfadamw", "soap"]
+__all__ = ["adamw", "adopt", "laprop", "matrices_to", "muon", "muon_laprop", "psgd_kron", "rmsprop", "sfadamw", "soap"]
