@@ -1,0 +1,395 @@
+"""PSGD-Kron: a Kronecker-factored preconditioner that is learned online, without inverting a covariance.
+
+P = kron(Q_0^T Q_0, Q_1^T Q_1, ...), with triangular or diagonal Q, is fitted to minimise E[g^T P g + v^T P^-1 v] over
+gradients g and probes v ~ N(0, I), so that P whitens gradients: P -> E[g g^T]^(-1/2). With h = H v in place of g it is
+Newton's: P -> |H|^(-1). Li 2015, arXiv 1512.04202; Pooladzandi and Li 2024, arXiv 2402.04553.
+
+The factors are stacked by shape, and fitted on some steps only. All randomness is keyed. With k the key in the state
+and t a leaf's own count, from 1,
+
+    step = fold_in(k, t)
+    due = uniform(fold_in_name(step, "schedule")) < probability(t)          shared by all leaves of count t
+    balanced = uniform(fold_in_name(step, "balance")) < 0.01                shared by all leaves of count t
+    noise, v = normal(fold_in_name(step, f"{path}/probe"), (2, *leaf.shape), dtype)
+
+so what is drawn for a leaf does not depend on the other leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbfunc import buckets, random
+from hbfunc.branch import branch
+from hbfunc.buckets import Bucket
+from hbfunc.linalg import kron
+from hbfunc.schedules import Number, at, count_zeros, increment
+from hbfunc.transform import Flat, Layout, Leaves, State, Transform, check_number, compute_dtype, kept, transform
+
+Curvature = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+
+_BALANCED = 0.01
+_REACHED = 1 - 1e-9  # a sum of probabilities this close to the next integer has reached it: ten times 0.1 is 1
+
+
+def scale_by_psgd(
+    precond_lr: float | Tensor = 0.1,
+    precond_init_scale: float | Tensor = 1.0,
+    preconditioner_update_probability: Number | None = None,
+    max_size_triangular: int = 2048,
+    min_ndim_triangular: int = 2,
+    memory_save_mode: str | None = None,
+    momentum_into_precond_update: bool = True,
+    merge_dims: bool = False,
+    split: bool = False,
+    store_triu_as_line: bool = True,
+    q_dtype: str = "float32",
+    stochastic_schedule: bool = True,
+    delayed: bool = False,
+    cached: bool = False,
+    *,
+    curvature: bool = False,
+    probe: Callable[..., Tensor] = random.normal,
+    seed: int | Tensor = 0,
+) -> Transform:
+    """u -> kron(Q^T Q) u. Factors are fitted, on some steps, before they are applied; `delayed`: after.
+
+    precond_lr: step size of the fit. precond_init_scale: of the root of P; each Q starts at scale^(1/ndim) I.
+    preconditioner_update_probability: of a fit; a number, or a function of t. None is `update_probability`.
+    stochastic_schedule: draw from the key; False fits when the sum of the probabilities up to t passes an integer.
+    max_size_triangular, min_ndim_triangular: larger dims, dims of size 1 and leaves of fewer dims get a diagonal Q.
+    memory_save_mode: "one_diag": so does the largest dim (of equals the last); "all_diag": so do all.
+    momentum_into_precond_update: fit on the updates; False fits on `grads`, what the chain was given.
+    merge_dims: multiply dims together up to max_size_triangular. split: cut larger ones into blocks of that size.
+    store_triu_as_line: pack triangles into vectors: half the memory, the same numbers.
+    q_dtype: of the factors: "float32" (float64 for float64 parameters), or "bfloat16", stochastically rounded.
+    cached: keep Q^T Q too, which halves the work of a step without a fit.
+    curvature: fit on h = H v, which `update` gets by keyword as a function of v, shaped like the parameters:
+
+        hvp = lambda v: torch.func.jvp(torch.func.grad(loss), (params,), (v,))[1]
+        updates, state = tx.update(state, grads, params, curvature=hvp)
+
+    probe: (key, shape=, dtype=) -> probes of mean 0 and variance 1.
+
+    `update(..., refresh=)`: None decides in the graph, leaf by leaf. True fits all factors and False none, for callers
+    who know the step (see `refresh_schedule`): same numbers, and under `torch.vmap`, where None computes a fit at every
+    step, less work.
+
+    Raises ValueError or TypeError for an argument outside its range, and in `update` for a `curvature` that is missing,
+    or was not announced.
+    """
+    newton = curvature  # `update` has an argument of that name
+    check_number("precond_lr", precond_lr, 0, float("inf"))
+    check_number("precond_init_scale", precond_init_scale, 0, float("inf"), open_low=True, open_high=True)
+    if preconditioner_update_probability is None:
+        preconditioner_update_probability = update_probability
+    check_number("preconditioner_update_probability", preconditioner_update_probability, 0, 1)
+    _check_int("max_size_triangular", max_size_triangular, 1)
+    _check_int("min_ndim_triangular", min_ndim_triangular, 0)
+    _check_choice("memory_save_mode", memory_save_mode, None, "one_diag", "all_diag")
+    _check_choice("q_dtype", q_dtype, "float32", "bfloat16")
+
+    def plan(params: Flat) -> dict[str, Factors]:
+        """Leaves of few dims have buckets of their own: they are diagonal, and merging can give others their shape."""
+        make = partial(
+            buckets.plan,
+            merge=partial(buckets.merge_dims, max_dim=max_size_triangular) if merge_dims else None,
+            split=max_size_triangular if split else None,
+        )
+        many = make({k: p for k, p in params.items() if p.ndim >= min_ndim_triangular})
+        few = make({k: p for k, p in params.items() if p.ndim < min_ndim_triangular})
+        found = {n: factors(b, params, memory_save_mode) for n, b in many.items()}
+        return found | {f"diagonal_{n}": factors(b, params, "all_diag") for n, b in few.items()}
+
+    def factors(bucket: Bucket, params: Flat, mode: str | None) -> Factors:
+        largest = max(range(len(bucket.shape)), key=lambda d: (bucket.shape[d], d))
+        diagonal = {None: (), "one_diag": (largest,), "all_diag": range(len(bucket.shape))}[mode]
+        triangular = [1 < n <= max_size_triangular and d not in diagonal for d, n in enumerate(bucket.shape)]
+        dtype = compute_dtype(params[bucket.paths[0]])
+        return Factors(bucket, tuple(triangular), dtype, store_triu_as_line, q_dtype == "bfloat16", cached)
+
+    def init(params: Leaves) -> State:
+        device = next((p.device for p in params.values()), None)
+        state: State = {"count": count_zeros(params), "key": random.key(seed).to(device)}
+        if not stochastic_schedule:
+            state["progress"] = {k: torch.zeros((), dtype=torch.float64, device=p.device) for k, p in params.items()}
+        for n, f in plan(params).items():
+            for field, x in zip(f.fields, f.start(precond_init_scale, params[f.bucket.paths[0]].device), strict=True):
+                state.setdefault(field, {})[n] = x
+        return state
+
+    def update(
+        state: State,
+        updates: dict[str, Tensor],
+        params: Leaves,
+        *,
+        grads: dict[str, Tensor],
+        refresh: bool | str | None = None,
+        curvature: Curvature | None = None,
+    ) -> tuple[dict[str, Tensor], State]:
+        _check_extras(refresh, curvature, newton)
+        count = increment(state["count"], updates)
+        every = plan(params)
+        here = {n: f for n, f in every.items() if buckets.present(f.bucket, updates) != ()}
+        if not here:
+            return updates, kept(state, count=count)
+        paths = [path for f in here.values() for path in f.bucket.paths if path in updates]  # one per row of the stacks
+        t = torch.stack([count[path] for path in paths])
+        progress, due = decide(state, t, paths) if refresh is None or not stochastic_schedule else ({}, t > 0)
+
+        def fit(key: Tensor, lr: Tensor, t: Tensor, due: Tensor, *stacks: Tensor) -> list[Tensor]:
+            """All factors, fitted; with refresh=None where due. stacks: of gradients, then of factors."""
+            rest = iter(stacks)
+            noise, v = _probes(key, dict(zip(paths, t.unbind(), strict=True)), updates, probe)
+            if curvature is None:
+                g = {n: next(rest) for n in here}
+            else:
+                v, h = _products(curvature, v, params)
+                g = _stacks(here, h)
+            stored, noise, v = _unflatten(rest, here), _stacks(here, noise), _stacks(here, v)
+            vectors = [t, due, _uniforms(key, t, "balance") < _BALANCED]
+            splits = zip(*[x.split([len(x) for x in v.values()]) for x in vectors], strict=True)
+            flat: list[Tensor] = []
+            for (n, f), (t_n, due_n, balanced) in zip(here.items(), splits, strict=True):
+                qs = kron.fit(f.load(stored[n]), kron.damp(g[n], noise[n]), v[n], lr)
+                qs = [_where(balanced, b, q) for b, q in zip(kron.balance(qs), qs, strict=True)]
+                fitted = f.store(qs, f.keys(key, t_n, updates))
+                if refresh is None:
+                    fitted = [_where(due_n, a, b) for a, b in zip(fitted, stored[n], strict=True)]
+                flat += fitted
+            return flat
+
+        u = _stacks(here, updates)
+        old = {n: [_take(state[field][n], f.bucket, updates) for field in f.fields] for n, f in here.items()}
+        new = old
+        if refresh is not False:
+            g = {} if newton else u if momentum_into_precond_update else _stacks(here, grads)
+            lr = torch.as_tensor(precond_lr, dtype=torch.float64, device=t.device)
+            # Blocks of one leaf are views of it, which a branch does not take.
+            stacks = [*(x.clone() if split else x for x in g.values()), *(q for qs in old.values() for q in qs)]
+            operands = [state["key"], lr, t, due, *stacks]
+            flat = fit(*operands) if refresh else branch(due.any(), fit, lambda *x: x[4 + len(g) :], operands)
+            new = _unflatten(flat, here)
+        used = old if delayed else new
+        moved = {n: f.apply(used[n], x) for (n, f), x in zip(here.items(), u.values(), strict=True)}
+
+        fields: dict[str, dict[str, Tensor]] = {}
+        for n, f in here.items():
+            for field, x in zip(f.fields, new[n], strict=True):
+                fields.setdefault(field, {})[n] = _put(state[field][n], x, f.bucket, updates)
+        bucketed = {n: f.bucket for n, f in here.items()}
+        return {**updates, **buckets.unstack(bucketed, moved, updates)}, kept(state, count=count, **progress, **fields)
+
+    def decide(state: State, t: Tensor, paths: list[str]) -> tuple[State, Tensor]:
+        """The rows that are due; and with a deterministic schedule, by leaf, the sum of probabilities so far, mod 1."""
+        p = at(preconditioner_update_probability, t.to(torch.float64))
+        p = torch.as_tensor(p, dtype=torch.float64, device=t.device)
+        if stochastic_schedule:
+            return {}, _uniforms(state["key"], t, "schedule") < p
+        total = torch.stack([state["progress"][path] for path in paths]) + p.clamp(0, 1)
+        due = total >= _REACHED
+        rows = (total - due.to(torch.float64)).unbind()
+        return {"progress": {path: x.clone() for path, x in zip(paths, rows, strict=True)}}, due
+
+    def layout(params: Flat) -> Layout:
+        places: Layout = {}
+        for n, f in plan(params).items():
+            for field in f.fields:
+                places.setdefault(field, {})[n] = f.bucket.paths
+        return places
+
+    return transform(init, update, "scale_by_psgd", ("grads", "refresh", "curvature"), layout)
+
+
+class Factors(NamedTuple):
+    """The factors of one bucket of [k, d0, d1, ...]: what they look like, and how they are kept."""
+
+    bucket: Bucket
+    triangular: tuple[bool, ...]  # [k, d, d] or [k, d]
+    dtype: torch.dtype  # of the computation
+    packed: bool  # triangles as [k, d (d + 1) / 2]
+    low: bool  # in bfloat16
+    cached: bool  # with Q^T Q, [k, d, d] or [k, d]
+
+    @property
+    def fields(self) -> list[str]:
+        """Names in the state."""
+        order = range(len(self.bucket.shape))
+        return [f"Q_{d}" for d in order] + [f"cache_{d}" for d in order if self.cached]
+
+    def start(self, scale: float | Tensor, device: torch.device) -> list[Tensor]:
+        k, shape = len(self.bucket.blocks), self.bucket.shape
+        root = torch.as_tensor(scale ** (1 / len(shape)), dtype=self.dtype, device=device)
+        ones = [torch.ones(k, n, dtype=self.dtype, device=device) * root for n in shape]
+        return self.store([x.diag_embed() if t else x for x, t in zip(ones, self.triangular, strict=True)])
+
+    def store(self, qs: Sequence[Tensor], keys: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The factors as they are kept. keys: of the rows of each, for stochastic rounding."""
+        if self.low and keys is None:
+            qs = [q.to(torch.bfloat16) for q in qs]
+        elif self.low and keys is not None:
+            qs = [torch.vmap(random.stochastic_round)(q, key) for q, key in zip(qs, keys, strict=True)]
+        cache = kron.gram([q.to(self.dtype) for q in qs]) if self.cached else []
+        return [kron.pack(q) if t and self.packed else q for q, t in zip(qs, self.triangular, strict=True)] + cache
+
+    def load(self, stored: Sequence[Tensor]) -> list[Tensor]:
+        """The factors in the dtype of the computation, triangles as matrices."""
+        every = zip(stored, self.bucket.shape, self.triangular, strict=False)
+        return [(kron.unpack(q, n) if t and self.packed else q).to(self.dtype) for q, n, t in every]
+
+    def apply(self, stored: Sequence[Tensor], x: Tensor) -> Tensor:
+        """kron(Q^T Q) x."""
+        return kron.apply_gram(stored[len(stored) // 2 :], x) if self.cached else kron.apply(self.load(stored), x)
+
+    def keys(self, key: Tensor, t: Tensor, updates: Flat) -> list[Tensor] | None:
+        """Keys for the rounding of each factor's rows."""
+        if not self.low:
+            return None
+        blocks = [f"{b.path}/{'_'.join(map(str, b.start))}" for b in self.bucket.blocks if b.path in updates]
+        return [_keys(key, t, [f"{block}/Q_{d}" for block in blocks]) for d in range(len(self.bucket.shape))]
+
+
+def update_probability(t: Tensor) -> Tensor:
+    """max(.03, .999^max(t - 1000, 0)): every step at first, while curvature changes, later every 33rd."""
+    return torch.clamp(0.999 ** torch.clamp(t - 1000, min=0), min=0.03)
+
+
+def refresh_schedule(
+    preconditioner_update_probability: Any = None,
+    stochastic_schedule: bool = True,
+    seed: int | Tensor = 0,
+    key: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[int], bool]:
+    """What `refresh=None` decides at step t = 1, 2, ..., in advance and outside of the graph.
+
+    For callers whose leaves share their count, from the options of `scale_by_psgd`; `key` is the one in its state, and
+    dtype that of the computation, in which the state holds a probability that is a number. A function of t is called
+    with a 0-dim float64 tensor.
+
+        due = refresh_schedule(key=state["psgd"]["scale_by_psgd"]["key"])
+        updates, state = tx.update(state, grads, params, refresh=due(t))
+    """
+    p = update_probability if preconditioner_update_probability is None else preconditioner_update_probability
+    key = (random.key(seed) if key is None else key).cpu()
+    constant = 0.0 if callable(p) else float(torch.as_tensor(p).to(dtype))
+
+    def probability(t: int) -> float:
+        return float(p(torch.tensor(float(t), dtype=torch.float64))) if callable(p) else constant
+
+    if stochastic_schedule:
+
+        @lru_cache(maxsize=2)
+        def draws(block: int) -> list[float]:
+            return _uniforms(key, torch.arange(1024) + 1024 * block, "schedule").tolist()
+
+        return lambda t: draws(t // 1024)[t % 1024] < probability(t)
+
+    reached = [(0, 0.0, False)]  # the last step asked for: t, progress, due
+
+    def due(t: int) -> bool:
+        n, progress, now = reached[0] if reached[0][0] <= t else (0, 0.0, False)
+        while n < t:
+            n += 1
+            progress += min(max(probability(n), 0.0), 1.0)
+            now = progress >= _REACHED
+            progress -= now
+        reached[0] = (n, progress, now)
+        return now
+
+    return due
+
+
+def _uniforms(key: Tensor, t: Tensor, name: str) -> Tensor:
+    """One draw for each count in t [n]: float64 [n], so that no comparison rounds."""
+    draw = torch.vmap(lambda step: random.uniform(random.fold_in_name(random.fold_in(key, step), name)))
+    return draw(t).to(torch.float64)
+
+
+def _keys(key: Tensor, t: Tensor, names: Sequence[str]) -> Tensor:
+    """fold_in_name(fold_in(key, t), name) for each of the counts t [n] and names: [n, 2]."""
+    hashes = torch.tensor([random.hash_name(name) for name in names], device=t.device)
+    return torch.vmap(lambda t, name: random.fold_in(random.fold_in(key, t), name))(t, hashes)
+
+
+def _probes(
+    key: Tensor, t: Flat, updates: Flat, probe: Callable[..., Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Noise and v of the leaves in t, in shape and dtype like their updates. Leaves of one kind are drawn at once."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for path in t:
+        groups.setdefault((tuple(updates[path].shape), updates[path].dtype), []).append(path)
+    order = [path for group in groups.values() for path in group]
+    keys = _keys(key, torch.stack([t[path] for path in order]), [f"{path}/probe" for path in order])
+    noise: dict[str, Tensor] = {}
+    v: dict[str, Tensor] = {}
+    parts = keys.split([len(group) for group in groups.values()])
+    for ((shape, dtype), group), part in zip(groups.items(), parts, strict=True):
+        drawn = torch.vmap(partial(probe, shape=(2, *shape), dtype=dtype))(part)
+        noise.update(zip(group, drawn[:, 0].unbind(), strict=True))
+        v.update(zip(group, drawn[:, 1].unbind(), strict=True))
+    return noise, v
+
+
+def _products(
+    curvature: Curvature, v: Mapping[str, Tensor], params: Flat
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """v, rounded to the parameters' dtypes, and H v, for the leaves in v; v is 0 at the others."""
+    probes = {k: v[k].to(p.dtype) if k in v else torch.zeros_like(p) for k, p in params.items()}
+    products = curvature(probes)
+    for k in v:
+        if k not in products:
+            raise ValueError(f"curvature(v) is None for params[{k!r}], expected a product: it has a gradient")
+    return {k: probes[k].to(x.dtype) for k, x in v.items()}, {k: products[k] for k in v}
+
+
+def _stacks(here: Mapping[str, Factors], leaves: Flat) -> dict[str, Tensor]:
+    return {n: buckets.stack(f.bucket, leaves) for n, f in here.items()}
+
+
+def _unflatten(flat: Iterable[Tensor], here: Mapping[str, Factors]) -> dict[str, list[Tensor]]:
+    rest = iter(flat)
+    return {n: [next(rest) for _ in f.fields] for n, f in here.items()}
+
+
+def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+
+def _take(stack: Tensor, bucket: Bucket, leaves: Flat) -> Tensor:
+    """The rows of a stack whose leaf is there."""
+    rows = buckets.present(bucket, leaves)
+    return stack if rows is None else torch.stack([stack[row] for row in rows])
+
+
+def _put(stack: Tensor, new: Tensor, bucket: Bucket, leaves: Flat) -> Tensor:
+    """The stack with the rows of `_take` replaced."""
+    rows = buckets.present(bucket, leaves)
+    if rows is None:
+        return new
+    fresh = dict(zip(rows, new.unbind(), strict=True))
+    return torch.stack([fresh.get(i, row) for i, row in enumerate(stack.unbind())])
+
+
+def _check_extras(refresh: Any, curvature: Curvature | None, newton: bool) -> None:
+    if not (refresh is None or isinstance(refresh, bool)):
+        raise ValueError(f"refresh={refresh!r}: expected None, True or False")
+    if newton and curvature is None:
+        raise ValueError("curvature=None: expected v -> Hessian-vector product, as curvature=True announced")
+    if not newton and curvature is not None:
+        raise ValueError("curvature: got a function, but the factors are fitted on gradients; announce curvature=True")
+
+
+def _check_int(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r}: expected an int of at least {low}")
+
+
+def _check_choice(name: str, value: Any, *choices: str | None) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
