@@ -80,7 +80,7 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
 def uniform(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
     """Uniform on [0, 1): multiples of 2**-24 in float32, 2**-53 in float64, 2**-11 in float16, 2**-8 in bfloat16."""
     n = math.prod(shape)
-    return _interleave(_uniforms(key, n, dtype), n).reshape(shape)
+    return _interleave(_uniforms(_blocks(key, -(-n // _per_block(dtype))), dtype), n).reshape(shape)
 
 
 def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,13 +88,20 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
 
     Computed in at least float32, then rounded to dtype.
     """
-    n = math.prod(shape)
-    u = _uniforms(key, n, torch.promote_types(dtype, torch.float32))
+    return normal_each(key.unsqueeze(0), [math.prod(shape)], dtype)[0].reshape(shape)
+
+
+def normal_each(keys: Tensor, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """normal(keys[i], (sizes[i],), dtype) for each row of `keys`, int64 [n, 2], by one generator for all."""
+    wide = torch.promote_types(dtype, torch.float32)
+    blocks = [-(-size // _per_block(wide)) for size in sizes]
+    u = _uniforms(_blocks_each(keys, blocks), wide)
     parts = []
     for u1, u2 in zip(u[::2], u[1::2], strict=True):
         radius, angle = (-2 * torch.log1p(-u1)).sqrt(), 2 * math.pi * u2
         parts += [radius * angle.cos(), radius * angle.sin()]
-    return _interleave(parts, n).reshape(shape).to(dtype)
+    drawn = torch.stack(parts, -1).to(dtype).split(blocks)
+    return [x.reshape(-1)[:size] for x, size in zip(drawn, sizes, strict=True)]
 
 
 def rademacher(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -113,9 +120,7 @@ def rounding_bits(keys: Tensor, sizes: Sequence[int]) -> Tensor:
     int32, one tensor after the other, each padded to a multiple of 8.
     """
     counts = [-(-size // 8) for size in sizes]
-    index = torch.cat([torch.arange(n, dtype=torch.int64, device=keys.device) for n in counts])
-    rows = [torch.cat([k.expand(n) for k, n in zip(column.unbind(), counts, strict=True)]) for column in keys.unbind(1)]
-    words = philox((index & _MASK, index >> 32, 0, _DRAW), (rows[0], rows[1]))
+    words = _blocks_each(keys, counts)
     halves = [half.to(torch.int32) for word in words for half in (word & 0xFFFF, word >> 16)]
     return _interleave(halves, 8 * sum(counts))
 
@@ -171,15 +176,31 @@ def _blocks(key: Tensor, count: int) -> tuple[Word, Word, Word, Word]:
     return philox((index & _MASK, index >> 32, 0, _DRAW), (key[0], key[1]))
 
 
-def _uniforms(key: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
-    """At least n numbers in [0, 1), to be interleaved: one per word, or one per two words beyond 32 digits."""
-    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+def _blocks_each(keys: Tensor, counts: Sequence[int]) -> tuple[Word, Word, Word, Word]:
+    """The first blocks of each key in int64 [n, 2], as many as its count says, one key after the other."""
+    index = torch.cat([torch.arange(n, dtype=torch.int64, device=keys.device) for n in counts])
+    rows = [torch.cat([k.expand(n) for k, n in zip(column.unbind(), counts, strict=True)]) for column in keys.unbind(1)]
+    return philox((index & _MASK, index >> 32, 0, _DRAW), (rows[0], rows[1]))
+
+
+def _uniforms(words: tuple[Word, Word, Word, Word], dtype: torch.dtype) -> list[Tensor]:
+    """Numbers in [0, 1), to be interleaved: one of each word, or one of two words beyond 32 digits."""
+    digits = _digits(dtype)
     if digits <= 32:
-        integers = [word >> (32 - digits) for word in _blocks(key, -(-n // 4))]
+        integers = [word >> (32 - digits) for word in words]
     else:
-        a, b, c, d = _blocks(key, -(-n // 2))
+        a, b, c, d = words
         integers = [(high << (digits - 32)) | (low >> (64 - digits)) for high, low in ((a, b), (c, d))]
     return [i.to(dtype) * 2.0**-digits for i in integers]
+
+
+def _per_block(dtype: torch.dtype) -> int:
+    """How many numbers a block gives."""
+    return 4 if _digits(dtype) <= 32 else 2
+
+
+def _digits(dtype: torch.dtype) -> int:
+    return 1 - round(math.log2(torch.finfo(dtype).eps))
 
 
 def _interleave(parts: Sequence[Tensor], n: int) -> Tensor:
