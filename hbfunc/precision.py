@@ -56,7 +56,7 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
             return x
 
         map_parameter_state(new, params, collect)
-        low = _round(full, keyed["key"], counts)
+        low = round_each(full, keyed["key"], counts)
         new = map_parameter_state(new, params, lambda path, where, x: low.get(f"{path}/{where}", x).to(dtype))
         return updates, {**new, "storage": kept(keyed, count=t)}
 
@@ -81,7 +81,7 @@ def round_to_parameters(seed: int | Tensor = 0) -> Transform:
             return updates, state
         t = increment(state["count"], mine)
         old = {k: params[k].to(u.dtype) for k, u in mine.items()}
-        new = _round({k: old[k] + u for k, u in mine.items()}, state["key"], t)
+        new = round_each({k: old[k] + u for k, u in mine.items()}, state["key"], t)
         # The difference of two bfloat16 numbers, so that the sum, rounded to nearest, is the number meant.
         return {**updates, **{k: new[k].to(old[k].dtype) - old[k] for k in mine}}, kept(state, count=t)
 
@@ -93,7 +93,7 @@ def _keyed(params: Flat, seed: int | Tensor) -> State:
     return {"key": key, "count": count_zeros(params)}
 
 
-def _round(xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def round_each(xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in bfloat16, each rounded stochastically with its own key, of its count and its name.
 
     Small tensors draw together: one generator in a compiled graph for a million elements, not one for every tensor.

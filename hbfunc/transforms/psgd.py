@@ -7,12 +7,13 @@ Newton's: P -> |H|^(-1). Li 2015, arXiv 1512.04202; Pooladzandi and Li 2024, arX
 The factors are stacked by shape, and fitted on some steps only. All randomness is keyed. With k the key in the state
 and t a leaf's own count, from 1,
 
-    step = fold_in(k, t)
-    due = uniform(fold_in_name(step, "schedule")) < probability(t)          shared by all leaves of count t
-    balanced = uniform(fold_in_name(step, "balance")) < 0.01                shared by all leaves of count t
-    noise, v = normal(fold_in_name(step, f"{path}/probe"), (2, *leaf.shape), dtype)
+    words = fold_in_name(fold_in(k, t), "schedule") / 2^32        shared by all leaves of count t
+    due = words[0] < probability(t)
+    balanced = words[1] < 0.01
+    v = normal(fold_in_name(fold_in(k, t), f"{path}/probe"), leaf.shape, dtype)
 
-so what is drawn for a leaf does not depend on the other leaves.
+so what is drawn for a leaf does not depend on the other leaves. The same v damps what the factors are fitted on, as in
+Li's own code: E of the fit does not change, and with a curvature it makes h = (H + a small multiple of I) v.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
 from hbfunc.linalg import kron
+from hbfunc.precision import round_each
 from hbfunc.schedules import Number, at, count_zeros, increment
 from hbfunc.transform import Flat, Layout, Leaves, State, Transform, check_number, compute_dtype, kept, transform
 
 Curvature = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 _BALANCED = 0.01
+_LARGE = 1 << 16
 _REACHED = 1 - 1e-9  # a sum of probabilities this close to the next integer has reached it: ten times 0.1 is 1
 
 
@@ -54,7 +57,6 @@ def scale_by_psgd(
     cached: bool = False,
     *,
     curvature: bool = False,
-    probe: Callable[..., Tensor] = random.normal,
     seed: int | Tensor = 0,
 ) -> Transform:
     """u -> kron(Q^T Q) u. Factors are fitted, on some steps, before they are applied; `delayed`: after.
@@ -73,8 +75,6 @@ def scale_by_psgd(
 
         hvp = lambda v: torch.func.jvp(torch.func.grad(loss), (params,), (v,))[1]
         updates, state = tx.update(state, grads, params, curvature=hvp)
-
-    probe: (key, shape=, dtype=) -> probes of mean 0 and variance 1.
 
     `update(..., refresh=)`: None decides in the graph, leaf by leaf. True fits all factors and False none, for callers
     who know the step (see `refresh_schedule`): same numbers, and under `torch.vmap`, where None computes a fit at every
@@ -140,40 +140,42 @@ def scale_by_psgd(
             return updates, kept(state, count=count)
         paths = [path for f in here.values() for path in f.bucket.paths if path in updates]  # one per row of the stacks
         t = torch.stack([count[path] for path in paths])
-        progress, due = decide(state, t, paths) if refresh is None or not stochastic_schedule else ({}, t > 0)
+        due, progress = (t > 0, {}) if stochastic_schedule else reached(state, t, paths)
+        u = _stacks(here, updates)
+        old = {n: [_take(state[field][n], f.bucket, updates) for field in f.fields] for n, f in here.items()}
 
-        def fit(key: Tensor, lr: Tensor, t: Tensor, due: Tensor, *stacks: Tensor) -> list[Tensor]:
+        def fit(key: Tensor, lr: Tensor, t: Tensor, due: Tensor, balanced: Tensor, *stacks: Tensor) -> list[Tensor]:
             """All factors, fitted; with refresh=None where due. stacks: of gradients, then of factors."""
+            v = _probes(key, dict(zip(paths, t.unbind(), strict=True)), updates)
             rest = iter(stacks)
-            noise, v = _probes(key, dict(zip(paths, t.unbind(), strict=True)), updates, probe)
             if curvature is None:
                 g = {n: next(rest) for n in here}
             else:
                 v, h = _products(curvature, v, params)
                 g = _stacks(here, h)
-            stored, noise, v = _unflatten(rest, here), _stacks(here, noise), _stacks(here, v)
-            vectors = [t, due, _uniforms(key, t, "balance") < _BALANCED]
-            splits = zip(*[x.split([len(x) for x in v.values()]) for x in vectors], strict=True)
+            stored, w = _unflatten(rest, here), _stacks(here, v)
+            rows = zip(*[x.split([len(x) for x in w.values()]) for x in (t, due, balanced)], strict=True)
             flat: list[Tensor] = []
-            for (n, f), (t_n, due_n, balanced) in zip(here.items(), splits, strict=True):
-                qs = kron.fit(f.load(stored[n]), kron.damp(g[n], noise[n]), v[n], lr)
-                qs = [_where(balanced, b, q) for b, q in zip(kron.balance(qs), qs, strict=True)]
-                fitted = f.store(qs, f.keys(key, t_n, updates))
+            for (n, f), (t_n, due_n, balanced_n) in zip(here.items(), rows, strict=True):
+                qs = kron.fit(f.load(stored[n]), kron.damp(g[n], w[n]), w[n], lr)
+                qs = [_where(balanced_n, b, q) for b, q in zip(kron.balance(qs), qs, strict=True)]
+                fitted = f.store(f.rounded(qs, key, t_n, updates))
                 if refresh is None:
                     fitted = [_where(due_n, a, b) for a, b in zip(fitted, stored[n], strict=True)]
                 flat += fitted
             return flat
 
-        u = _stacks(here, updates)
-        old = {n: [_take(state[field][n], f.bucket, updates) for field in f.fields] for n, f in here.items()}
         new = old
         if refresh is not False:
+            words = _words(state["key"], t)
+            if refresh is None and stochastic_schedule:
+                due = words[:, 0] < probability(t)
             g = {} if newton else u if momentum_into_precond_update else _stacks(here, grads)
-            lr = torch.as_tensor(precond_lr, dtype=torch.float64, device=t.device)
             # Blocks of one leaf are views of it, which a branch does not take.
             stacks = [*(x.clone() if split else x for x in g.values()), *(q for qs in old.values() for q in qs)]
-            operands = [state["key"], lr, t, due, *stacks]
-            flat = fit(*operands) if refresh else branch(due.any(), fit, lambda *x: x[4 + len(g) :], operands)
+            lr = torch.as_tensor(precond_lr, dtype=torch.float64, device=t.device)
+            operands = [state["key"], lr, t, due, words[:, 1] < _BALANCED, *stacks]
+            flat = fit(*operands) if refresh else branch(due.any(), fit, lambda *x: x[5 + len(g) :], operands)
             new = _unflatten(flat, here)
         used = old if delayed else new
         moved = {n: f.apply(used[n], x) for (n, f), x in zip(here.items(), u.values(), strict=True)}
@@ -185,16 +187,16 @@ def scale_by_psgd(
         bucketed = {n: f.bucket for n, f in here.items()}
         return {**updates, **buckets.unstack(bucketed, moved, updates)}, kept(state, count=count, **progress, **fields)
 
-    def decide(state: State, t: Tensor, paths: list[str]) -> tuple[State, Tensor]:
-        """The rows that are due; and with a deterministic schedule, by leaf, the sum of probabilities so far, mod 1."""
+    def probability(t: Tensor) -> Tensor:
         p = at(preconditioner_update_probability, t.to(torch.float64))
-        p = torch.as_tensor(p, dtype=torch.float64, device=t.device)
-        if stochastic_schedule:
-            return {}, _uniforms(state["key"], t, "schedule") < p
-        total = torch.stack([state["progress"][path] for path in paths]) + p.clamp(0, 1)
+        return torch.as_tensor(p, dtype=torch.float64, device=t.device)
+
+    def reached(state: State, t: Tensor, paths: list[str]) -> tuple[Tensor, State]:
+        """Where the sum of probabilities passes an integer, and by leaf the sum so far, modulo 1."""
+        total = torch.stack([state["progress"][path] for path in paths]) + probability(t).clamp(0, 1)
         due = total >= _REACHED
         rows = (total - due.to(torch.float64)).unbind()
-        return {"progress": {path: x.clone() for path, x in zip(paths, rows, strict=True)}}, due
+        return due, {"progress": {path: x.clone() for path, x in zip(paths, rows, strict=True)}}
 
     def layout(params: Flat) -> Layout:
         places: Layout = {}
@@ -228,12 +230,9 @@ class Factors(NamedTuple):
         ones = [torch.ones(k, n, dtype=self.dtype, device=device) * root for n in shape]
         return self.store([x.diag_embed() if t else x for x, t in zip(ones, self.triangular, strict=True)])
 
-    def store(self, qs: Sequence[Tensor], keys: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The factors as they are kept. keys: of the rows of each, for stochastic rounding."""
-        if self.low and keys is None:
-            qs = [q.to(torch.bfloat16) for q in qs]
-        elif self.low and keys is not None:
-            qs = [torch.vmap(random.stochastic_round)(q, key) for q, key in zip(qs, keys, strict=True)]
+    def store(self, qs: Sequence[Tensor]) -> list[Tensor]:
+        """The factors as they are kept."""
+        qs = [q.to(torch.bfloat16) for q in qs] if self.low else qs
         cache = kron.gram([q.to(self.dtype) for q in qs]) if self.cached else []
         return [kron.pack(q) if t and self.packed else q for q, t in zip(qs, self.triangular, strict=True)] + cache
 
@@ -246,12 +245,14 @@ class Factors(NamedTuple):
         """kron(Q^T Q) x."""
         return kron.apply_gram(stored[len(stored) // 2 :], x) if self.cached else kron.apply(self.load(stored), x)
 
-    def keys(self, key: Tensor, t: Tensor, updates: Flat) -> list[Tensor] | None:
-        """Keys for the rounding of each factor's rows."""
+    def rounded(self, qs: Sequence[Tensor], key: Tensor, t: Tensor, leaves: Flat) -> list[Tensor]:
+        """The factors in bfloat16, if they are kept so, each row rounded stochastically with its own key."""
         if not self.low:
-            return None
-        blocks = [f"{b.path}/{'_'.join(map(str, b.start))}" for b in self.bucket.blocks if b.path in updates]
-        return [_keys(key, t, [f"{block}/Q_{d}" for block in blocks]) for d in range(len(self.bucket.shape))]
+            return list(qs)
+        blocks = [f"{b.path}/{'_'.join(map(str, b.start))}" for b in self.bucket.blocks if b.path in leaves]
+        rows = {f"{b}/Q_{d}": x for d, q in enumerate(qs) for b, x in zip(blocks, q.unbind(), strict=True)}
+        low = list(round_each(rows, key, dict(zip(rows, [*t.unbind()] * len(qs), strict=True))).values())
+        return [torch.stack(low[d * len(blocks) :][: len(blocks)]) for d in range(len(qs))]
 
 
 def update_probability(t: Tensor) -> Tensor:
@@ -286,54 +287,49 @@ def refresh_schedule(
 
         @lru_cache(maxsize=2)
         def draws(block: int) -> list[float]:
-            return _uniforms(key, torch.arange(1024) + 1024 * block, "schedule").tolist()
+            return _words(key, torch.arange(1024) + 1024 * block)[:, 0].tolist()
 
         return lambda t: draws(t // 1024)[t % 1024] < probability(t)
 
-    reached = [(0, 0.0, False)]  # the last step asked for: t, progress, due
+    last = [(0, 0.0, False)]  # the last step asked for: t, progress, due
 
     def due(t: int) -> bool:
-        n, progress, now = reached[0] if reached[0][0] <= t else (0, 0.0, False)
+        n, progress, now = last[0] if last[0][0] <= t else (0, 0.0, False)
         while n < t:
             n += 1
             progress += min(max(probability(n), 0.0), 1.0)
             now = progress >= _REACHED
             progress -= now
-        reached[0] = (n, progress, now)
+        last[0] = (n, progress, now)
         return now
 
     return due
 
 
-def _uniforms(key: Tensor, t: Tensor, name: str) -> Tensor:
-    """One draw for each count in t [n]: float64 [n], so that no comparison rounds."""
-    draw = torch.vmap(lambda step: random.uniform(random.fold_in_name(random.fold_in(key, step), name)))
-    return draw(t).to(torch.float64)
+def probe(key: Tensor, t: int | Tensor, path: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The v of a leaf at its step t, from the key in the state of `scale_by_psgd`. dtype: float32 or float64."""
+    return random.normal(random.fold_in_name(random.fold_in(key, t), f"{path}/probe"), shape, dtype)
 
 
-def _keys(key: Tensor, t: Tensor, names: Sequence[str]) -> Tensor:
-    """fold_in_name(fold_in(key, t), name) for each of the counts t [n] and names: [n, 2]."""
-    hashes = torch.tensor([random.hash_name(name) for name in names], device=t.device)
-    return torch.vmap(lambda t, name: random.fold_in(random.fold_in(key, t), name))(t, hashes)
-
-
-def _probes(
-    key: Tensor, t: Flat, updates: Flat, probe: Callable[..., Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Noise and v of the leaves in t, in shape and dtype like their updates. Leaves of one kind are drawn at once."""
+def _probes(key: Tensor, t: Flat, like: Flat) -> dict[str, Tensor]:
+    """`probe` for the leaves in t, all at once: a compiled graph has one generator, not one for every leaf."""
+    keys = random.fold_in_each(key, torch.stack([*t.values()]), [f"{path}/probe" for path in t])
+    rows = dict(zip(t, keys.unbind(), strict=True))
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path in t:
-        groups.setdefault((tuple(updates[path].shape), updates[path].dtype), []).append(path)
-    order = [path for group in groups.values() for path in group]
-    keys = _keys(key, torch.stack([t[path] for path in order]), [f"{path}/probe" for path in order])
-    noise: dict[str, Tensor] = {}
+        # Eagerly, the generator's integers take memory: large leaves one after the other.
+        alone = path if like[path].numel() > _LARGE and not torch.compiler.is_compiling() else None
+        groups.setdefault((like[path].dtype, alone), []).append(path)
     v: dict[str, Tensor] = {}
-    parts = keys.split([len(group) for group in groups.values()])
-    for ((shape, dtype), group), part in zip(groups.items(), parts, strict=True):
-        drawn = torch.vmap(partial(probe, shape=(2, *shape), dtype=dtype))(part)
-        noise.update(zip(group, drawn[:, 0].unbind(), strict=True))
-        v.update(zip(group, drawn[:, 1].unbind(), strict=True))
-    return noise, v
+    for (dtype, _), group in groups.items():
+        drawn = random.normal_each(torch.stack([rows[k] for k in group]), [like[k].numel() for k in group], dtype)
+        v.update({k: x.reshape(like[k].shape) for k, x in zip(group, drawn, strict=True)})
+    return v
+
+
+def _words(key: Tensor, t: Tensor) -> Tensor:
+    """Two uniform draws, float64 [n, 2], for each count in t [n]."""
+    return random.fold_in_each(key, t, ["schedule"] * len(t)).to(torch.float64) * 2.0**-32
 
 
 def _products(
