@@ -3,7 +3,6 @@
 from hbfunc import random, utils
 from hbfunc.combinators import (
     accumulate,
-    apply_if_finite,
     caution,
     cautious,
     mars,
@@ -13,6 +12,7 @@ from hbfunc.combinators import (
     with_ema,
     with_hyperparameters,
 )
+from hbfunc.nonfinite import apply_if_finite, apply_to_finite_leaves
 from hbfunc.optim import (
     ADOPT,
     SOAP,
@@ -111,6 +111,7 @@ __all__ = [
     "add_decayed_weights",
     "adopt",
     "apply_if_finite",
+    "apply_to_finite_leaves",
     "apply_updates",
     "caution",
     "cautious",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.nonfinite import select
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transform import (
     Flat,
@@ -181,29 +182,6 @@ def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9)
     return transform(init, update, "mars")
 
 
-def apply_if_finite(inner: Transform) -> Transform:
-    """`inner`, unless any entry of any gradient is infinite or NaN: then zero updates and an unchanged state.
-
-    Decided in the graph, without a look at the value from Python. The state counts the skipped steps: "skipped".
-    """
-
-    def init(params: Leaves) -> State:
-        device = next((p.device for p in params.values()), None)
-        return {"skipped": torch.zeros((), dtype=torch.int64, device=device), "inner": inner.init(params)}
-
-    def update(
-        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
-    ) -> tuple[dict[str, Tensor], State]:
-        ok = torch.ones((), dtype=torch.bool, device=state["skipped"].device)
-        for u in updates.values():
-            ok = ok & torch.isfinite(u).all()
-        new, after = inner.update(state["inner"], updates, params, **extras)
-        skipped = state["skipped"] + torch.where(ok, 0, 1)
-        return _select(ok, new, zeros(new)), {"skipped": skipped, "inner": _select(ok, after, state["inner"])}
-
-    return transform(init, update, "apply_if_finite", inner.needs, _nested(inner, "inner"))
-
-
 def accumulate(inner: Transform, steps: int) -> Transform:
     """Average the gradients of `steps` calls, then apply `inner` once; the other calls return zero updates.
 
@@ -227,11 +205,11 @@ def accumulate(inner: Transform, steps: int) -> Transform:
         if extras.get("grads") is not None:
             extras["grads"] = mean
         new, after = inner.update(state["inner"], mean, params, **extras)
-        rest = _select(last, zeros(mean), mean)
-        return _select(last, new, zeros(new)), {
+        rest = select(last, zeros(mean), mean)
+        return select(last, new, zeros(new)), {
             "count": count,
             "mean": {**state["mean"], **rest},
-            "inner": _select(last, after, state["inner"]),
+            "inner": select(last, after, state["inner"]),
         }
 
     return transform(init, update, "accumulate", inner.needs, _nested(inner, "inner"))
@@ -255,13 +233,6 @@ def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
         return updates, kept({**state, "inner": {}}, count=t, ema=average) | {"inner": after}
 
     return transform(init, update, "with_ema", inner.needs, _nested(inner, "inner"))
-
-
-def _select(condition: Tensor, new: Any, old: Any) -> Any:
-    """new where the condition holds, else old, over nested dicts of tensors."""
-    if isinstance(new, dict):
-        return {k: _select(condition, new[k], old[k]) for k in new}
-    return torch.where(condition, new, old)
 
 
 def _nested(inner: Transform, key: str) -> Callable[[Flat], Layout] | None:

@@ -1,0 +1,110 @@
+"""What to do about gradients with an inf or a NaN: skip the step, or skip the leaf.
+
+By default such values propagate, as in torch.optim: one NaN spoils its parameter, and through the moments and
+preconditioners every later step. The transforms here decide in the graph, without a look at a value from Python, and
+give the inner transform zeros in place of what it must not see: a matrix with a NaN makes factorizations raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc.schedules import count_zeros
+from hbfunc.transform import Flat, Leaves, State, Transform, kept, transform
+
+
+def apply_if_finite(inner: Transform) -> Transform:
+    """`inner`, unless any entry of any gradient is infinite or NaN: then zero updates and an unchanged state.
+
+    The state counts the skipped steps, an int64 scalar: "skipped".
+    """
+
+    def init(params: Leaves) -> State:
+        device = next((p.device for p in params.values()), None)
+        return {"skipped": torch.zeros((), dtype=torch.int64, device=device), "inner": inner.init(params)}
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        if not updates:
+            return updates, state
+        ok = torch.stack(list(_finite(updates).values())).all()
+        new, after = _sheltered(inner, state["inner"], updates, params, dict.fromkeys(updates, ok), extras)
+        return (
+            {k: torch.where(ok, u, 0) for k, u in new.items()},
+            {"skipped": state["skipped"] + torch.where(ok, 0, 1), "inner": select(ok, after, state["inner"])},
+        )
+
+    return transform(init, update, "apply_if_finite", inner.needs, _nested(inner))
+
+
+def apply_to_finite_leaves(inner: Transform) -> Transform:
+    """`inner`, less the leaves whose gradient has an infinite or NaN entry: zero updates, and their state unchanged.
+
+    The state counts each leaf's skipped steps, int64 scalars by path: "skipped". A rule that mixes leaves (a norm over
+    all of them) sees zeros for those that are skipped.
+    """
+
+    def init(params: Leaves) -> State:
+        return {"skipped": count_zeros(params), "inner": inner.init(params)}
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        ok = _finite(updates)
+        new, after = _sheltered(inner, state["inner"], updates, params, ok, extras)
+        layout = {} if inner.layout is None else inner.layout(params)
+        skipped = {k: state["skipped"][k] + torch.where(ok[k], 0, 1) for k in updates}
+        return (
+            {k: torch.where(ok[k], u, 0) for k, u in new.items()},
+            {**kept(state, skipped=skipped), "inner": _select_leaves(ok, after, state["inner"], layout)},
+        )
+
+    return transform(init, update, "apply_to_finite_leaves", inner.needs, _nested(inner))
+
+
+def select(condition: Tensor, new: Any, old: Any) -> Any:
+    """new where the 0-dim condition holds, else old, over nested dicts of tensors."""
+    if isinstance(new, dict):
+        return {k: select(condition, new[k], old[k]) for k in new}
+    return torch.where(condition, new, old)
+
+
+def _finite(updates: Flat) -> dict[str, Tensor]:
+    return {k: torch.isfinite(u).all() for k, u in updates.items()}
+
+
+def _sheltered(
+    inner: Transform, state: State, updates: Flat, params: Leaves, ok: Flat, extras: dict[str, Any]
+) -> tuple[dict[str, Tensor], State]:
+    """The inner update, given zeros for the leaves that are not ok."""
+    if extras.get("grads") is not None:
+        extras = {**extras, "grads": {k: torch.where(ok[k], g, 0) for k, g in extras["grads"].items()}}
+    return inner.update(state, {k: torch.where(ok[k], u, 0) for k, u in updates.items()}, params, **extras)
+
+
+def _select_leaves(ok: Flat, new: State, old: State, layout: Mapping[str, Any] | tuple[str, ...]) -> State:
+    """new for the leaves that are ok, else old: entries by path, and rows of stacks. What no leaf owns is new."""
+    selected: State = {}
+    for k, x in new.items():
+        part = layout.get(k, {}) if isinstance(layout, Mapping) else {}
+        if isinstance(x, dict):
+            selected[k] = _select_leaves(ok, x, old[k], part)
+        elif isinstance(part, tuple):
+            always = torch.ones((), dtype=torch.bool, device=x.device)
+            rows = torch.stack([ok.get(path, always) for path in part])
+            selected[k] = torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, old[k])
+        elif k in ok:
+            selected[k] = torch.where(ok[k], x, old[k])
+        else:
+            selected[k] = x
+    return selected
+
+
+def _nested(inner: Transform) -> Any:
+    layout = inner.layout
+    return None if layout is None else lambda params: {"inner": layout(params)}
