@@ -12,30 +12,41 @@ from torch import Tensor
 from hbfunc.optim.state import Place, nested, places
 from hbfunc.transform import Leaves, Transform, compute_dtype
 
-Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
+Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
 
 
 def in_place_step(
     transform: Transform, paths: Sequence[str], present: Sequence[int], at: Sequence[Place], extras: dict[str, Any]
 ) -> Step:
-    """step(params, grads, tensors) for the parameters at `paths`, of which those numbered `present` have gradients.
+    """step(params, grads, tensors, products) for the parameters at `paths`, of which those numbered `present` have
+    gradients.
 
-    tensors: those of the state, at the places `at`; like the parameters they are written in place. Everything is computed
+    tensors: those of the state, at the places `at`; like the parameters they are written in place. products: Hessian
+    times the transform's own probes, for the parameters with gradients; empty without curvature. Everything is computed
     before anything is written, so that an error leaves both as they were.
     """
 
-    def step(params: Sequence[Tensor], grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    def step(
+        params: Sequence[Tensor], grads: Sequence[Tensor], tensors: Sequence[Tensor], products: Sequence[Tensor]
+    ) -> None:
         leaves = Leaves(zip(paths, params, strict=True))
         given = {paths[i]: g.to(compute_dtype(params[i])) for i, g in zip(present, grads, strict=True)}
+        more = dict(extras)
+        if products:
+            product = {paths[i]: h.to(compute_dtype(params[i])) for i, h in zip(present, products, strict=True)}
+            more["curvature"] = lambda v: product
         state = nested(dict(zip(at, tensors, strict=True)))
-        updates, state = transform.update(state, given, leaves, **extras)
+        updates, state = transform.update(state, given, leaves, **more)
         moved = {k: leaves[k].to(u.dtype) + u for k, u in updates.items()}
+        written = dict.fromkeys((*params, *tensors))
         after = dict(places(state))
+        changed = [(old, after[place]) for place, old in zip(at, tensors, strict=True) if place in after]
+        # A rule may hand one entry of its state on as another ("previous"): copied before either is written.
+        changed = [(old, new.clone() if new in written else new) for old, new in changed if new is not old]
         for k, p in moved.items():
             leaves[k].copy_(p)
-        for place, old in zip(at, tensors, strict=True):
-            if place in after and after[place] is not old:
-                old.copy_(after[place])
+        for old, new in changed:
+            old.copy_(new)
 
     return step
 

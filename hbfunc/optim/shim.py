@@ -1,4 +1,4 @@
-"""Pure transforms as torch.optim classes. No mathematics here: read the group, call the pure update, write back in place.
+"""Pure transforms as torch.optim classes. No mathematics here: read the group, call the update, write back in place.
 
 The parameters of a group, their gradients and the state go through one compiled graph, which ends in copies into the
 buffers that are there already: a step allocates nothing that lasts. Hyperparameters are 0-dim tensors, so schedulers
@@ -8,18 +8,20 @@ recompile nothing.
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hbfunc import utils
-from hbfunc.optim.compiled import Step, compiled, in_place_step
-from hbfunc.optim.state import adopt, hyper_places, per_parameter, places
+from hbfunc.optim import checkpoint
+from hbfunc.optim.checkpoint import EMA
+from hbfunc.optim.state import adopt
+from hbfunc.optim.unit import Refresh, Unit
 from hbfunc.schedules import ema_weight
-from hbfunc.transform import Leaves, Transform, compute_dtype
+from hbfunc.transform import Leaves, Transform, compute_dtype, flat_params
 from hbfunc.transforms.adaptive import ema
 
 
@@ -37,76 +39,13 @@ class UseDefault:
 
 
 use_default = UseDefault()
-Refresh = Callable[[int], "bool | str"]  # step, from 1 -> what `update(..., refresh=)` is given there
-EMA = ("ema", "ema_count")  # entries of `state[p]` that belong to the class, not to its transform
-
-
-class Held:
-    """A state tensor on its way through torch's load_state_dict, which would cast it to the dtype of its parameter."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class Unit:
-    """Parameters that step together in one graph: those of a param group, or a single one for foreach=False."""
-
-    def __init__(self, transform: Transform, paths: list[str], params: list[Tensor]) -> None:
-        self.transform, self.paths, self.params = transform, paths, params
-        leaves = Leaves(zip(paths, params, strict=True))
-        state = transform.init(leaves)
-        layout = {} if transform.layout is None else transform.layout(leaves)
-        self.views = per_parameter(state, layout, paths)
-        self.hyper = dict(hyper_places(state))
-        self.tensors = dict(places(state)) | self.hyper
-        self.values: dict[Any, Any] = {}  # of the hyperparameters, as last written
-        self.schedule: tuple[dict[str, Any], Refresh] | None = None
-        self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
-        self.steps: dict[Any, Step] = {}
-
-    def write_hyper(self, group: dict[str, Any]) -> None:
-        """Bring the 0-dim tensors up to date with the param group; a value that did not change costs nothing."""
-        for place, tensor in self.hyper.items():
-            value = hyper_of(group, place[-1])
-            if isinstance(value, Tensor):
-                tensor.copy_(value)
-            elif self.values.get(place) != value:
-                tensor.fill_(value)
-            self.values[place] = value
-
-    def step(self, refresh: Refresh | None) -> None:
-        """One step in place, of the parameters that have a gradient."""
-        present = tuple(i for i, p in enumerate(self.params) if p.grad is not None)
-        extras = {} if refresh is None else {"refresh": self.due(refresh, present)}
-        key = present, tuple(extras.items()), utils.compile_mode, utils.dynamic
-        if key not in self.steps:
-            step = in_place_step(self.transform, self.paths, present, list(self.tensors), extras)
-            self.steps[key] = compiled(step, utils.compile_mode, utils.dynamic, self.params[0].device)
-        grads = [self.params[i].grad for i in present]
-        self.steps[key](self.params, grads, list(self.tensors.values()))  # type: ignore[arg-type]
-        if refresh is not None:
-            for i in present:
-                self.counts[i] += 1
-
-    def due(self, refresh: Refresh, present: tuple[int, ...]) -> bool | str | None:
-        """Whether this step refreshes, known here if all parameters are at one count, else decided in the graph."""
-        if not self.counts:
-            counts = {place[-1]: t for place, t in self.tensors.items() if len(place) > 2 and place[-2] == "count"}
-            self.counts = [int(counts[path]) for path in self.paths]
-        decisions = {refresh(self.counts[i] + 1) for i in present}
-        return decisions.pop() if len(decisions) == 1 else None
-
-
-def hyper_of(group: dict[str, Any], name: str) -> Any:
-    """The value in a param group of a hyperparameter of the state, where betas are split."""
-    return group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") else group[name]
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
     """Base of every class: one transform per param group, by default `recipe` called with the options of the group.
 
-    A step creates the state of every parameter of a group that requires grad, steps the parameters that have a gradient,
-    and clears the gradients. `state[p]` shows the state in plain tensors, which are views of the transform's own.
+    A step creates the state of every parameter of a group that requires grad, steps the parameters that have a
+    gradient, and clears the gradients. `state[p]` shows the state in plain tensors, views of the transform's own.
 
     params, defaults: as in torch.optim.Optimizer; a value `use_default` becomes the class attribute of that name.
     foreach: False steps parameter by parameter, with the same numbers.
@@ -135,11 +74,17 @@ class StatefulOptimizer(torch.optim.Optimizer):
     ) -> None:
         if use_ema is not None:
             self.use_ema = use_ema
-        defaults = {k: getattr(self, k) if v is use_default else v for k, v in defaults.items()}
+        defaults = {k: self._resolved(k, v) for k, v in defaults.items()}
         defaults |= {"foreach": foreach, "seed": torch.initial_seed() if seed is None else seed}
-        defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
+        if hasattr(self, "recipe"):
+            defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
         super().__init__(params, defaults)
+
+    def _resolved(self, name: str, value: Any) -> Any:
+        return getattr(self, name) if value is use_default else value
+
+    # What a subclass may replace.
 
     def transform(self, group: dict[str, Any]) -> Transform:
         """The transform of a param group."""
@@ -147,48 +92,71 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What is passed to the recipe: its options in a param group, and the settings of `hbfunc.utils`."""
-        known = inspect.signature(type(self).recipe).parameters
+        known = parameters(type(self).recipe)
         settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
         return {k: v for k, v in {**settings, **group}.items() if k in known}
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
-        choices = {k: v for k, v in self.options(group).items() if not isinstance(v, (float, Tensor))}
-        return tuple(map(id, _trainable(group))), group["foreach"], choices
+        known = parameters(type(self).recipe)
+        options = self.options(group)
+        choices = {k: _choice(v, known[k].default) for k, v in options.items()}
+        if "betas" in options:
+            choices["betas"] = [_choice(beta, 0.0) for beta in options["betas"]]
+        return tuple(map(id, trainable(group))), group["foreach"], choices
+
+    def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
+        """The value in a param group of a hyperparameter of the state, where betas are split."""
+        return group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") else group[name]
 
     def refresh(self, group: dict[str, Any], unit: Unit) -> Refresh | None:
         """The host's copy of the refresh schedule, for transforms that have one: one graph per decision."""
         if self.schedule is None:
             return None
-        known = inspect.signature(self.schedule).parameters
+        known = parameters(self.schedule)
         options = {k: v for k, v in self.options(group).items() if k in known}
         if unit.schedule is None or unit.schedule[0] != options:
             key = next((t for at, t in unit.tensors.items() if at[-2:] == (self.scheduled, "key")), None)
-            double = any(p.dtype == torch.float64 for p in unit.params)
+            double = any(p.dtype == torch.float64 for p in group["params"])
             dtype = {"dtype": torch.float64 if double else torch.float32} if "dtype" in known else {}
             unit.schedule = options, self.schedule(**options, **dtype, key=key)
         return unit.schedule[1]
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            self.transform(self.param_groups[-1])  # raises now for an option out of range
-        except Exception:
-            self.param_groups.pop()
-            raise
+    def evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        """The closure's loss."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
 
+    def products(self, units: list[Unit], decisions: list[Any]) -> list[list[Tensor]]:
+        """For each unit, Hessian-vector products of the parameters that have a gradient, or nothing. decisions: on
+        refreshes, for each unit."""
+        return [[] for _ in units]
+
+    # The step.
+
+    @torch.compiler.disable(reason="hbfunc steps in a graph of its own")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient, clear the gradients, return the closure's loss (or None)."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Step every parameter that has a gradient, clear the gradients, return the closure's loss (or None).
+
+        What can be found wrong is found before the first write: then all parameters and states are as they were.
+        In a function under torch.compile, the graph breaks here: the step has a graph of its own.
+        Raises TypeError for a sparse gradient, ValueError for one of another shape or device than its parameter.
+        """
+        loss = self.evaluate(closure)
+        for i, group in enumerate(self.param_groups):
+            self._check_gradients(i, group)
         work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group)]
+        units = [unit for _, unit in work]
         for group, unit in work:
-            unit.write_hyper(group)
-        for group, unit in work:
-            unit.step(self.refresh(group, unit))
+            unit.write_hyper(partial(self.hyperparameter, group))
+        schedules = [self.refresh(group, unit) for group, unit in work]
+        decisions = [unit.due(s) if s is not None else None for s, unit in zip(schedules, units, strict=True)]
+        products = self.products(units, decisions)
+        for unit, s, decision, product in zip(units, schedules, decisions, products, strict=True):
+            unit.step({} if s is None else {"refresh": decision}, product, self.compile_step)
         if self.use_ema:
             self.ema_update()
         for group in self.param_groups:
@@ -196,29 +164,46 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 p.grad = None
         return loss
 
+    def _check_gradients(self, index: int, group: dict[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            g = p.grad
+            if g is None:
+                continue
+            if g.layout != torch.strided:
+                name = self._names(index)[i]
+                raise TypeError(f"the gradient of params[{name!r}] is {g.layout}, expected a dense one (sparse=False)")
+            if g.shape != p.shape or g.device != p.device:
+                raise ValueError(
+                    f"the gradient of params[{self._names(index)[i]!r}] has shape {tuple(g.shape)} on {g.device}, "
+                    f"expected {tuple(p.shape)} on {p.device}, as the parameter"
+                )
+
     def _ready(self, index: int, group: dict[str, Any]) -> list[Unit]:
         """The units of a group that have a gradient, made anew where options, parameters or `state` changed."""
         if all(p.grad is None for p in group["params"]):
             return []
         key, units = self._units.get(index, (None, []))
-        shown = all(self.state.get(p) is u.views[k] for u in units for k, p in zip(u.paths, u.params, strict=True))
-        if key != self.structure(group) or not shown:
+        if key != self.structure(group) or not all(unit.shown_in(self.state) for unit in units):
             key, units = self._units[index] = self._built(index, group)
         return [unit for unit in units if any(p.grad is not None for p in unit.params)]
 
     def _built(self, index: int, group: dict[str, Any]) -> tuple[Any, list[Unit]]:
         """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views."""
         names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
-        trainable = _trainable(group)
-        parts = [trainable] if group["foreach"] else [[p] for p in trainable]
-        units = [Unit(self.transform(group), [names[id(p)] for p in part], part) for part in parts]
+        leaves = sorted((names[id(p)], p) for p in trainable(group))
+        devices = dict.fromkeys(p.device for _, p in leaves)  # tensors of one graph are on one device
+        parts = [[leaf for leaf in leaves if leaf[1].device == device] for device in devices]
+        if not group["foreach"]:
+            parts = [[leaf] for leaf in leaves]
+        double = any(p.dtype == torch.float64 for _, p in leaves)
+        units = [Unit(self.transform(group), Leaves(part), double) for part in parts]
+        held = {k: self.state[p] for k, p in leaves if p in self.state}
         for unit in units:
-            held = zip(unit.paths, unit.params, strict=True)
-            adopt(unit.views, {k: without_ema(self.state[p]) for k, p in held if without_ema(self.state.get(p, {}))})
+            values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.paths if k in held}
+            adopt(unit.views, {k: v for k, v in values.items() if v})
         for unit in units:
             for k, p in zip(unit.paths, unit.params, strict=True):
-                unit.views[k].update({name: x for name, x in self.state.get(p, {}).items() if name in EMA})
-                self.state[p] = unit.views[k]
+                self.state[p] = {**unit.views[k], **{n: x for n, x in held.get(k, {}).items() if n in EMA}}
         return self.structure(group), units
 
     def _names(self, index: int) -> list[str]:
@@ -229,10 +214,23 @@ class StatefulOptimizer(torch.optim.Optimizer):
         first = sum(len(g["params"]) for g in self.param_groups[:index])
         return [str(first + i) for i in range(len(group["params"]))]
 
-    def state_size(self) -> int:
-        """Bytes of state."""
-        tensors = [x for entries in self.state.values() for x in entries.values() if isinstance(x, Tensor)]
-        return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in tensors}.values())
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's. Raises TypeError for a parameter that is no real floating point tensor, ValueError for one
+        that is there twice and for an option out of range; the groups are then as they were."""
+        super().add_param_group({k: self._resolved(k, v) for k, v in param_group.items()})
+        try:
+            names = self._names(len(self.param_groups) - 1)
+            params = self.param_groups[-1]["params"]
+            for i, (name, p) in enumerate(zip(names, params, strict=True)):
+                if name in names[:i] or any(p is q for q in params[:i]):
+                    raise ValueError(f"params[{name!r}] is in the group twice, expected different parameters and names")
+            flat_params(dict(zip(names, params, strict=True)))
+            self.transform(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    # The average of the parameters.
 
     @torch.no_grad()
     def ema_update(self) -> None:
@@ -264,60 +262,67 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 p.copy_(state["ema"])
                 state["ema"].copy_(held)
 
+    # Checkpoints and copies.
+
+    def state_size(self) -> int:
+        """Bytes of state; 0 before the first step."""
+        tensors = [x for entries in self.state.values() for x in entries.values() if isinstance(x, Tensor)]
+        return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in tensors}.values())
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's, less the functions in param groups, so that `torch.load(weights_only=True)` takes it."""
-        state = super().state_dict()
-        groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
-        return {**state, "param_groups": groups}
+        """As torch.optim's, with functions in param groups by their names only, so that
+        `torch.load(weights_only=True)` takes it."""
+        return checkpoint.without_functions(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's, but state keeps its dtype (float32 moments of bfloat16 parameters), and a state dict that
-        does not fit, of another class, shape or key, raises and leaves the optimizer as it was."""
-        first = self.register_load_state_dict_pre_hook(_hold)  # last in line: hooks of the user see tensors
+        """As torch.optim's, but state keeps its dtype (float32 moments of bfloat16 parameters), options that the
+        checkpoint does not have stay as they are here, and so does a function that it only knows by name.
+
+        Raises ValueError or TypeError for a state dict that does not fit, of another class, shape or key, and leaves
+        the optimizer as it was.
+        """
+        before = {"state": self.state, "param_groups": self.param_groups, "_units": self._units}
+        hold = self.register_load_state_dict_pre_hook(checkpoint.hold)  # last in line: a user's hooks see tensors
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self.__dict__.update(before)
+            raise
         finally:
-            first.remove()
+            hold.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "use_ema": self.use_ema}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
             super().__setstate__({**state, "_units": {}})
             return
-        old = {"state": self.state, "param_groups": self.param_groups, "_units": self._units}
-        held = {
-            p: {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()}
-            for p, entries in state["state"].items()
-        }
-        for i, (mine, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
-            if loaded.get("rule", mine["rule"]) != mine["rule"]:
-                raise ValueError(f"param_groups[{i}] is of {loaded['rule']!r}, expected {mine['rule']!r}")
-        # What a checkpoint does not hold (functions, options that are newer than it) stays as it is here.
-        groups = [{**mine, **loaded} for mine, loaded in zip(self.param_groups, state["param_groups"], strict=True)]
-        super().__setstate__({"state": defaultdict(dict, held), "param_groups": groups, "_units": {}})
-        try:
-            for i, group in enumerate(groups):
-                if any(self.state.get(p) for p in group["params"]):
-                    self._units[i] = self._built(i, group)
-        except Exception:
-            self.__dict__.update(old)
-            raise
+        groups = [
+            checkpoint.merged(mine, loaded, f"param_groups[{i}]")
+            for i, (mine, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True))
+        ]
+        super().__setstate__({"state": checkpoint.released(state["state"]), "param_groups": groups, "_units": {}})
+        for i, group in enumerate(groups):
+            if any(self.state.get(p) for p in group["params"]):
+                self._units[i] = self._built(i, group)
+            else:
+                self.transform(group)  # raises for an option out of range
 
 
-def _hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Put every state tensor where torch's load_state_dict does not look."""
-    held = {
-        p: {k: Held(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
-        if isinstance(entries, dict)
-        else entries
-        for p, entries in state_dict["state"].items()
-    }
-    return {**state_dict, "state": held}
+@cache
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a function, by name."""
+    return inspect.signature(function).parameters
 
 
-def without_ema(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `state[p]` that are the transform's."""
-    return {k: v for k, v in state.items() if k not in EMA}
-
-
-def _trainable(group: dict[str, Any]) -> list[Tensor]:
+def trainable(group: Mapping[str, Any]) -> list[Tensor]:
+    """The parameters of a group that have a state."""
     return [p for p in group["params"] if p.requires_grad or p.grad is not None]
+
+
+def _choice(value: Any, default: Any) -> Any:
+    """An option as it shapes a graph: to it, all floats, tensors, and ints in the place of floats are the same."""
+    if isinstance(value, (float, Tensor)) or (isinstance(default, float) and type(value) is int):
+        return "number"
+    return value

@@ -6,7 +6,8 @@ A stateful step writes in place, so neither view ever goes stale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ def hyper_places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tens
             yield from hyper_places(value, (*prefix, key))
 
 
+def hyper_names(found: Iterable[Place]) -> dict[Place, str]:
+    """What a hyperparameter is called in a param group: "lr", and where several transforms have some, "matrices.lr".
+
+    Names are the places without "hyper" and without the keys that all of them begin with.
+    """
+    prefixes = {place: place[: place.index("hyper")] for place in found}
+    levels = zip(*prefixes.values(), strict=False)
+    shared = len(list(takewhile(lambda keys: len(set(keys)) == 1, levels)))
+    return {place: ".".join((*prefix[shared:], place[-1])) for place, prefix in prefixes.items()}
+
+
 def nested(flat: Mapping[Place, Tensor]) -> State:
     """The inverse of `places`."""
     state: State = {}
@@ -49,7 +61,7 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
     """path -> name -> view: what `optimizer.state[p]` shows.
 
     A tensor is named by the place of its dict without the transforms' names ("exp_avg"), or with them where that is
-    ambiguous ("scale_by_adam_2.exp_avg"). A parameter sees its rows of a stack, and every tensor that all share (a key).
+    ambiguous ("scale_by_adam_2.exp_avg"). A parameter sees its rows of a stack, and the tensors that all share (a key).
     """
     found: list[tuple[Place, str, Tensor]] = []  # name, path, view
     for place, value in places(state):

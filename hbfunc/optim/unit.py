@@ -1,0 +1,87 @@
+"""The parameters that step together in one graph, with their functional state and its compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc import utils
+from hbfunc.optim.compiled import Step, compiled, in_place_step
+from hbfunc.optim.state import Place, hyper_names, hyper_places, per_parameter, places
+from hbfunc.transform import Leaves, Transform
+
+Refresh = Callable[[int], "bool | str"]  # step, from 1 -> what `update(..., refresh=)` is given there
+
+
+class Unit:
+    """Those of a param group, or a single one for foreach=False.
+
+    double: the hyperparameters are float64, as they are for a group of which some parameters are float64.
+    """
+
+    def __init__(self, transform: Transform, leaves: Leaves, double: bool = False) -> None:
+        self.transform, self.paths, self.params = transform, list(leaves), list(leaves.values())
+        state = transform.init(leaves)
+        layout = {} if transform.layout is None else transform.layout(leaves)
+        self.views = per_parameter(state, layout, self.paths)
+        self.hyper = {
+            place: x.to(torch.float64) if double and x.is_floating_point() else x for place, x in hyper_places(state)
+        }
+        self.names = hyper_names(self.hyper)
+        self.tensors = dict(places(state)) | self.hyper
+        self.values: dict[Place, Any] = {}  # of the hyperparameters that are Python numbers, as last written
+        self.schedule: tuple[dict[str, Any], Refresh] | None = None
+        self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
+        self.steps: dict[Any, Step] = {}
+
+    def shown_in(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether `state` still holds the views of this unit, and nobody has put other tensors in their place."""
+        for path, p in zip(self.paths, self.params, strict=True):
+            views, shown = self.views[path], state.get(p, {})
+            if not all(map(is_, map(shown.get, views), views.values())):
+                return False
+        return True
+
+    def write_hyper(self, value_of: Callable[[str], Any]) -> None:
+        """Bring the 0-dim tensors up to date with the param group; a number that did not change costs nothing."""
+        for place, tensor in self.hyper.items():
+            value = value_of(self.names[place])
+            if isinstance(value, Tensor):
+                tensor.copy_(value)
+                self.values.pop(place, None)
+            elif self.values.get(place) != value:
+                tensor.fill_(value)
+                self.values[place] = value
+
+    def present(self) -> tuple[int, ...]:
+        """Numbers of the parameters that have a gradient."""
+        return tuple(i for i, p in enumerate(self.params) if p.grad is not None)
+
+    def step(self, extras: dict[str, Any], products: Sequence[Tensor] = (), compile_step: bool = True) -> None:
+        """One step in place, of the parameters that have a gradient.
+
+        extras: choices handed to `update`. products: Hessian-vector products, one for each of these parameters.
+        """
+        present = self.present()
+        mode = utils.compile_mode if compile_step else None
+        key = present, tuple(extras.items()), bool(products), mode, utils.dynamic
+        if key not in self.steps:
+            step = in_place_step(self.transform, self.paths, present, list(self.tensors), extras)
+            self.steps[key] = compiled(step, mode, utils.dynamic, self.params[0].device)
+        grads = [self.params[i].grad for i in present]
+        self.steps[key](self.params, grads, list(self.tensors.values()), products)  # type: ignore[arg-type]
+        if self.counts:
+            for i in present:
+                self.counts[i] += 1
+
+    def due(self, refresh: Refresh) -> bool | str | None:
+        """Whether this step refreshes, known here if all parameters are at one count, else decided in the graph."""
+        if not self.counts:
+            counts = {place[-1]: t for place, t in self.tensors.items() if len(place) > 2 and place[-2] == "count"}
+            self.counts = [int(counts[path]) for path in self.paths]
+        decisions = {refresh(t) for t in {self.counts[i] + 1 for i in self.present()}}
+        return decisions.pop() if len(decisions) == 1 else None
