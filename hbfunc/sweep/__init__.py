@@ -16,7 +16,20 @@ results     what comes out
 """
 
 from hbfunc.sweep.designs import Design, design, grid, log_uniform, product, sample, uniform, zipped
-from hbfunc.sweep.engine import Event, freeze, hyper, init, make_step, run, stream, take, vectorize, with_hyper
+from hbfunc.sweep.engine import (
+    Event,
+    Lane,
+    Lanes,
+    freeze,
+    hyper,
+    init,
+    make_step,
+    run,
+    stream,
+    take,
+    vectorize,
+    with_hyper,
+)
 from hbfunc.sweep.modules import Functional, dropout, functional, seeded
 from hbfunc.sweep.results import Best, Results
 
@@ -25,6 +38,8 @@ __all__ = [
     "Design",
     "Event",
     "Functional",
+    "Lane",
+    "Lanes",
     "Results",
     "design",
     "dropout",

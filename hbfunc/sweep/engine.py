@@ -164,8 +164,6 @@ def _builder(tx: Factory) -> Callable[[Mapping[str, Any]], Transform]:
     """From a lane's columns to its optimizer. "seed" is left out where the factory does not ask for it."""
     if isinstance(tx, Transform):
         return lambda columns: tx
-    if not callable(tx):
-        raise TypeError(f"tx: expected a Transform or a function that returns one, got {type(tx).__name__}")
     wanted = _arguments(tx)
     return lambda columns: tx(**{k: v for k, v in columns.items() if wanted is None or k in wanted})
 
@@ -174,6 +172,8 @@ def _arguments(tx: Factory) -> set[str] | None:
     """The columns that tx takes; None: any."""
     if isinstance(tx, Transform):
         return set()
+    if not callable(tx):
+        raise TypeError(f"tx: expected a Transform or a function that returns one, got {type(tx).__name__}")
     parameters = inspect.signature(tx).parameters.values()
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
 
@@ -246,7 +246,8 @@ def init(
             f"tx looks at the value of {_structural(build, columns)}: it changes the structure of the training, and "
             "not only a number in it; run one sweep per value"
         ) from error
-    return pytree.tree_map(lambda x: x.contiguous(), lanes)
+    # Copies: where two entries are one tensor, torch.compile makes that a condition of its graph.
+    return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), lanes)
 
 
 def _spread(what: str, tree: Tree, k: int, stacked: bool) -> Tree:
@@ -336,19 +337,9 @@ def stream(
     """
     design = designs.design(design)
     k = designs.size(design)
-    if not callable(batches) and not (hasattr(batches, "__getitem__") and hasattr(batches, "__len__")):
-        raise TypeError(
-            f"batches: expected a sequence or a function of the step, got {type(batches).__name__}: every chunk of "
-            "lanes reads them from the start"
-        )
-    if steps is None:
-        if callable(batches):
-            raise ValueError("steps: expected a number of steps, because batches is a function")
-        steps = len(batches)
-    if steps < 1 or every < 1 or (chunk is not None and chunk < 1):
-        raise ValueError(f"steps={steps}, every={every}, chunk={chunk}: expected positive numbers")
-    if not callable(batches) and len(batches) < steps:
-        raise ValueError(f"steps={steps}: there are {len(batches)} batches")
+    steps = _steps(batches, steps)
+    if every < 1 or (chunk is not None and chunk < 1):
+        raise ValueError(f"every={every}, chunk={chunk}: expected positive numbers")
 
     one_step = freeze(make_step(loss_fn, tx, needs))
     step, plain = vectorize(one_step, compile), vectorize(one_step)
@@ -411,13 +402,13 @@ def run(
     """
     design = designs.design(design)
     k = designs.size(design)
-    steps = options["steps"] if options.get("steps") is not None or callable(batches) else len(batches)
+    steps = _steps(batches, options.pop("steps", None))
     recorded: dict[int, dict[str, list[Tensor]]] = {}
     kept: list[Lanes] = []
     diverged: list[Tensor] = []
-    with _bar(progress, k * (steps or 0)) as bar:
+    with _bar(progress, k * steps) as bar:
         tick = bar.update if bar is not None else lambda lanes: None
-        with closing(stream(loss_fn, tx, params, design, batches, tick=tick, **options)) as events:
+        with closing(stream(loss_fn, tx, params, design, batches, steps=steps, tick=tick, **options)) as events:
             for event in events:
                 for name, m in event.metrics.items():
                     recorded.setdefault(event.step, {}).setdefault(name, []).append(m)
@@ -432,6 +423,24 @@ def run(
         diverged_at=torch.cat(diverged).cpu().numpy(),
         lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *kept) if keep else {},
     )
+
+
+def _steps(batches: Sequence[Any] | Callable[[int], Any], steps: int | None) -> int:
+    if callable(batches):
+        if steps is None:
+            raise ValueError("steps: expected a number of steps, because batches is a function")
+    elif hasattr(batches, "__getitem__") and hasattr(batches, "__len__"):
+        steps = len(batches) if steps is None else steps
+        if steps > len(batches):
+            raise ValueError(f"steps={steps}: there are {len(batches)} batches")
+    else:
+        raise TypeError(
+            f"batches: expected a sequence or a function of the step, got {type(batches).__name__}: every chunk of "
+            "lanes reads them from the start"
+        )
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected a positive number")
+    return steps
 
 
 def _rows(tree: Tree | None, rows: Tensor) -> Tree:
