@@ -149,7 +149,7 @@ def run(
     from tqdm import tqdm
 
     entries, results, steps = recipes(), [], []
-    with tqdm(total=len(names) * plan.steps, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=len(names) * plan.steps * plan.lanes, unit="step", dynamic_ncols=True) as bar:
         for name in names:
             bar.set_description(name)
             curves = train(task, entries[name], plan, tick=bar.update)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import string
 import sysconfig
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,13 +85,13 @@ def digits(device: torch.device) -> Task:
 
     return Task(
         name="digits",
-        build=lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
+        build=lambda: nn.Sequential(OrderedDict(hidden=nn.Linear(64, 64), relu=nn.ReLU(), head=nn.Linear(64, 10))),
         sample=sample,
         valid=(x[n:], y[n:]),
         metric="validation accuracy",
         fraction=True,
         target=0.97,
-        steps=300,
+        steps=200,
         batch_size=128,
         lrs=(3e-4, 1e-1, 8),
         repeats=3,
@@ -128,13 +129,13 @@ class CharacterModel(nn.Module):
     def __init__(self, symbols: int, width: int = 64, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.embed = nn.Embedding(symbols, width)
-        self.position = nn.Parameter(torch.randn(CONTEXT, width) * 0.02)
+        self.position_embed = nn.Parameter(torch.randn(CONTEXT, width) * 0.02)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, symbols)
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.embed(x) + self.position[: x.shape[-1]])))
+        return self.head(self.norm(self.blocks(self.embed(x) + self.position_embed[: x.shape[-1]])))
 
 
 def text(device: torch.device) -> Task:

@@ -1,8 +1,7 @@
-"""The training: one optimizer, its whole grid of learning rates and all initialisations at once.
+"""The training: one optimizer, its whole grid of learning rates and all initialisations, as one sweep.
 
-A lane is one learning rate with one initialisation. Parameters are dicts of [K, ...] tensors, K lanes, and so is the
-optimizer's state, hyperparameters included; `torch.vmap` maps one ordinary training step over the lanes, with the same
-batch for all. A lane that diverges scores NaN from there on, and touches no other.
+A lane is one learning rate with one initialisation. `hbfunc.sweep` maps the training step over the lanes, with the same
+batches for all; a lane that diverges scores NaN from there on, and touches no other.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import hbfunc
+from hbfunc import sweep
 from hbfunc.race.recipes import Entry
-from hbfunc.race.tasks import Params, Task
-
-State = dict[str, Any]
+from hbfunc.race.tasks import Batch, Params, Task
 
 EVALUATIONS = 60  # points on a curve
 
@@ -34,57 +31,58 @@ class Plan(NamedTuple):
     device: str = "cpu"
     compile: bool = False
 
+    @property
+    def lanes(self) -> int:
+        return len(self.lrs) * self.repeats
+
+    def batch(self, task: Task, t: int) -> Batch:
+        """The batch of step t = 1, 2, ..., the same for all lanes and optimizers."""
+        return task.sample(torch.Generator().manual_seed((self.seed * 1_000_003 + t) % 2**32), self.batch_size)
+
 
 class Curves(NamedTuple):
-    """What training leaves: E evaluations, at `steps`, of `scores` [E, learning rates, repeats]; `seconds` of work."""
+    """What training leaves: E evaluations, at `steps`, of `scores` [E, learning rates, repeats]; `seconds` of work.
+
+    The clock starts after the first step: lazy imports and compilation happen there, and are nobody's training time.
+    """
 
     steps: list[int]
     scores: Tensor
     seconds: float
 
 
-def train(task: Task, entry: Entry, plan: Plan, tick: Callable[[int], object] = lambda n: None) -> Curves:
-    """Train `task` with `entry` at each learning rate and initialisation; `tick(n)` is told of every n steps done."""
-    rates = torch.tensor(plan.lrs, device=plan.device).repeat_interleave(plan.repeats)
-    inits = [task.initial(plan.seed + r) for r in range(plan.repeats)] * len(plan.lrs)
-    params = {name: torch.stack([p[name] for p in inits]).to(plan.device) for name in inits[0]}
-    state = torch.vmap(lambda lr, p: entry.make(lr).init(p))(rates, params)
-    step, score = lanes(task, entry)
-    if plan.compile:
-        step = torch.compile(step, fullgraph=True)
-
-    # Nothing is kept of this call: it is where lazy imports and compilation happen, which are nobody's training time.
-    step(params, state, *task.sample(torch.Generator().manual_seed(plan.seed), plan.batch_size))
-    batches = torch.Generator().manual_seed(plan.seed)
-    every = max(1, plan.steps // EVALUATIONS)
-    at, scores, seconds = [], [], 0.0
-    for done in range(0, plan.steps, every):
-        n = min(every, plan.steps - done)
-        began = time.perf_counter()
-        for _ in range(n):
-            params, state = step(params, state, *task.sample(batches, plan.batch_size))
-        if rates.is_cuda:
-            torch.cuda.synchronize(rates.device)
-        seconds += time.perf_counter() - began
-        at.append(done + n)
-        scores.append(score(params, state).cpu().unflatten(0, (len(plan.lrs), plan.repeats)))
-        tick(n)
-    return Curves(at, torch.stack(scores), seconds)
-
-
-def lanes(task: Task, entry: Entry) -> tuple[Callable[..., tuple[Params, State]], Callable[[Params, State], Tensor]]:
-    """The step (params, state, x, y) -> (params, state) and the score (params, state) -> [K], mapped over the lanes."""
-    with torch.device("meta"):  # only its structure is needed
+def train(task: Task, entry: Entry, plan: Plan, tick: Callable[[int], object] = lambda lanes: None) -> Curves:
+    """Train `task` with `entry` at each learning rate and initialisation; `tick` hears of every step done."""
+    with torch.device("meta"):  # only the model's structure is needed
         model = task.build()
-    tx = entry.make(1.0)  # a lane's own learning rate is in its state
+    ticks: list[float] = []
 
-    def step(params: Params, state: State, x: Tensor, y: Tensor) -> tuple[Params, State]:
-        grads = torch.func.grad(lambda p: task.loss(model, p, x, y))(params)
-        updates, state = tx.update(state, grads, params)
-        return hbfunc.apply_updates(params, updates), state
+    def timed(lanes: int) -> None:
+        ticks.append(time.perf_counter())
+        tick(lanes)
 
-    def score(params: Params, state: State) -> Tensor:
-        params = entry.evaluate(state, params) if entry.evaluate else params
-        return task.score(model, params, *task.valid)
+    def initial(seed: int) -> Params:
+        return {name: p.to(plan.device) for name, p in task.initial(seed).items()}
 
-    return torch.vmap(step, in_dims=(0, 0, None, None)), torch.vmap(score)
+    def evaluate(lane: dict[str, Any]) -> dict[str, Tensor]:
+        params = entry.evaluate(lane["state"], lane["params"]) if entry.evaluate else lane["params"]
+        return {"score": task.score(model, params, *task.valid)}
+
+    scores: dict[int, list[Tensor]] = {}
+    for event in sweep.stream(
+        lambda params, batch: task.loss(model, params, *batch),
+        entry.make,
+        initial,
+        sweep.grid(lr=plan.lrs, seed=range(plan.seed, plan.seed + plan.repeats)),
+        lambda t: plan.batch(task, t),
+        steps=plan.steps,
+        refresh=entry.refresh,
+        evaluate=evaluate,
+        every=max(1, plan.steps // EVALUATIONS),
+        compile=plan.compile,
+        tick=timed,
+    ):
+        scores.setdefault(event.step, []).append(event.metrics["score"].cpu())
+    seconds = time.perf_counter() - ticks[0]
+    curves = torch.stack([torch.cat(chunks) for chunks in scores.values()])
+    return Curves(list(scores), curves.unflatten(1, (len(plan.lrs), plan.repeats)), seconds)
