@@ -7,10 +7,10 @@ Newton's: P -> |H|^(-1). Li 2015, arXiv 1512.04202; Pooladzandi and Li 2024, arX
 The factors are stacked by shape, and fitted on some steps only. All randomness is keyed. With k the key in the state
 and t a leaf's own count, from 1,
 
-    words = fold_in_name(fold_in(k, t), "schedule") / 2^32        shared by all leaves of count t
+    words = fold_in_each(k, t, "schedule") / 2^32                 shared by all leaves of count t
     due = words[0] < probability(t)
     balanced = words[1] < 0.01
-    v = normal(fold_in_name(fold_in(k, t), f"{path}/probe"), leaf.shape, dtype)
+    v = normal(fold_in_each(k, t, f"{path}/probe"), leaf.shape, dtype)
 
 so what is drawn for a leaf does not depend on the other leaves. The same v damps what the factors are fitted on, as in
 Li's own code: E of the fit does not change, and with a curvature it makes h = (H + a small multiple of I) v.
@@ -139,14 +139,17 @@ def scale_by_psgd(
         if not here:
             return updates, kept(state, count=count)
         paths = [path for f in here.values() for path in f.bucket.paths if path in updates]  # one per row of the stacks
+        leaves = list(dict.fromkeys(paths))
         t = torch.stack([count[path] for path in paths])
         due, progress = (t > 0, {}) if stochastic_schedule else reached(state, t, paths)
         u = _stacks(here, updates)
         old = {n: [_take(state[field][n], f.bucket, updates) for field in f.fields] for n, f in here.items()}
 
-        def fit(key: Tensor, lr: Tensor, t: Tensor, due: Tensor, balanced: Tensor, *stacks: Tensor) -> list[Tensor]:
+        def fit(
+            key: Tensor, keys: Tensor, lr: Tensor, t: Tensor, due: Tensor, balanced: Tensor, *stacks: Tensor
+        ) -> list[Tensor]:
             """All factors, fitted; with refresh=None where due. stacks: of gradients, then of factors."""
-            v = _probes(key, dict(zip(paths, t.unbind(), strict=True)), updates)
+            v = _normals(keys, {path: updates[path] for path in leaves})
             rest = iter(stacks)
             if curvature is None:
                 g = {n: next(rest) for n in here}
@@ -167,15 +170,15 @@ def scale_by_psgd(
 
         new = old
         if refresh is not False:
-            words = _words(state["key"], t)
+            words, keys = _draws(state["key"], t, leaves, count)
             if refresh is None and stochastic_schedule:
                 due = words[:, 0] < probability(t)
             g = {} if newton else u if momentum_into_precond_update else _stacks(here, grads)
             # Blocks of one leaf are views of it, which a branch does not take.
             stacks = [*(x.clone() if split else x for x in g.values()), *(q for qs in old.values() for q in qs)]
             lr = torch.as_tensor(precond_lr, dtype=torch.float64, device=t.device)
-            operands = [state["key"], lr, t, due, words[:, 1] < _BALANCED, *stacks]
-            flat = fit(*operands) if refresh else branch(due.any(), fit, lambda *x: x[5 + len(g) :], operands)
+            operands = [state["key"], keys, lr, t, due, words[:, 1] < _BALANCED, *stacks]
+            flat = fit(*operands) if refresh else branch(due.any(), fit, lambda *x: x[6 + len(g) :], operands)
             new = _unflatten(flat, here)
         used = old if delayed else new
         moved = {n: f.apply(used[n], x) for (n, f), x in zip(here.items(), u.values(), strict=True)}
@@ -287,7 +290,7 @@ def refresh_schedule(
 
         @lru_cache(maxsize=2)
         def draws(block: int) -> list[float]:
-            return _words(key, torch.arange(1024) + 1024 * block)[:, 0].tolist()
+            return _draws(key, torch.arange(1024) + 1024 * block)[0][:, 0].tolist()
 
         return lambda t: draws(t // 1024)[t % 1024] < probability(t)
 
@@ -306,30 +309,31 @@ def refresh_schedule(
     return due
 
 
-def probe(key: Tensor, t: int | Tensor, path: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def probe(key: Tensor, t: int, path: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The v of a leaf at its step t, from the key in the state of `scale_by_psgd`. dtype: float32 or float64."""
-    return random.normal(random.fold_in_name(random.fold_in(key, t), f"{path}/probe"), shape, dtype)
+    keys = random.fold_in_each(key, torch.tensor([t], device=key.device), [f"{path}/probe"])
+    return random.normal(keys[0], shape, dtype)
 
 
-def _probes(key: Tensor, t: Flat, like: Flat) -> dict[str, Tensor]:
-    """`probe` for the leaves in t, all at once: a compiled graph has one generator, not one for every leaf."""
-    keys = random.fold_in_each(key, torch.stack([*t.values()]), [f"{path}/probe" for path in t])
-    rows = dict(zip(t, keys.unbind(), strict=True))
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for path in t:
-        # Eagerly, the generator's integers take memory: large leaves one after the other.
-        alone = path if like[path].numel() > _LARGE and not torch.compiler.is_compiling() else None
-        groups.setdefault((like[path].dtype, alone), []).append(path)
+def _draws(key: Tensor, t: Tensor, leaves: Sequence[str] = (), count: Flat | None = None) -> tuple[Tensor, Tensor]:
+    """Two uniform draws, float64 [n, 2], for each count in t [n]; and the key of v, [m, 2], for each of the leaves."""
+    counts = torch.cat([t, torch.stack([count[path] for path in leaves])]) if count else t
+    keys = random.fold_in_each(key, counts, ["schedule"] * len(t) + [f"{path}/probe" for path in leaves])
+    return keys[: len(t)].to(torch.float64) * 2.0**-32, keys[len(t) :]
+
+
+def _normals(keys: Tensor, like: Flat) -> dict[str, Tensor]:
+    """A normal draw for every key and leaf. All at once: a compiled graph has one generator, not one for each."""
+    groups: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+    for (path, x), key in zip(like.items(), keys.unbind(), strict=True):
+        # Eagerly, where the generator's integers take memory, large leaves come one after the other.
+        alone = path if x.numel() > _LARGE and not torch.compiler.is_compiling() else None
+        groups.setdefault((x.dtype, alone), {})[path] = key
     v: dict[str, Tensor] = {}
     for (dtype, _), group in groups.items():
-        drawn = random.normal_each(torch.stack([rows[k] for k in group]), [like[k].numel() for k in group], dtype)
-        v.update({k: x.reshape(like[k].shape) for k, x in zip(group, drawn, strict=True)})
+        drawn = random.normal_each(torch.stack([*group.values()]), [like[path].numel() for path in group], dtype)
+        v.update({path: x.reshape(like[path].shape) for path, x in zip(group, drawn, strict=True)})
     return v
-
-
-def _words(key: Tensor, t: Tensor) -> Tensor:
-    """Two uniform draws, float64 [n, 2], for each count in t [n]."""
-    return random.fold_in_each(key, t, ["schedule"] * len(t)).to(torch.float64) * 2.0**-32
 
 
 def _products(
