@@ -17,6 +17,17 @@ from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 
 Clipping = str | Clip | Transform | None
 
+_SCHEDULES = (
+    "lr",
+    "beta",
+    "beta1",
+    "beta2",
+    "beta2_scale",
+    "shampoo_beta",
+    "weight_decay",
+    "preconditioner_update_probability",
+)
+
 
 def around(
     scale_by: Callable[..., Transform],
@@ -71,6 +82,8 @@ def around(
 
 def before(mars: bool, mars_gamma: Any, beta1: Any, gradient_clipping: Clipping) -> list[Transform]:
     """What comes between the raw gradient and the rule."""
+    if mars and callable(beta1):
+        raise TypeError(f"beta1={beta1!r}: MARS needs a number, not a schedule")
     clip = [clip_by(gradient_clipping, "gradient_clipping")] if gradient_clipping is not None else []
     return [mars_correction(mars_gamma, beta1), *clip] if mars else clip
 
@@ -93,5 +106,7 @@ def numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any, mars_gamma: Any, b
 
 def number(name: str, value: Any) -> Any:
     """Ints become floats, so that weight_decay=0 is a number of the state and not a choice."""
+    if callable(value) and name not in _SCHEDULES:
+        raise TypeError(f"{name}={value!r}: expected a number; schedules are for {', '.join(_SCHEDULES)}")
     check_number(name, value, float("-inf"), float("inf"))
     return float(value) if isinstance(value, int) else value

@@ -137,10 +137,14 @@ def sfadamw(
     seed: int | Tensor = 0,
 ) -> Transform:
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682). Evaluate at `schedule_free_eval_params`."""
+    if callable(betas[0]):
+        raise TypeError(
+            f"betas[0]={betas[0]!r}: Schedule-Free needs a number, not a schedule, to find its average again"
+        )
 
     def rule(
         lr: Number,
-        beta1: Number,
+        beta1: Any,
         beta2: Number,
         eps: Any,
         weight_decay: Number,
