@@ -11,7 +11,7 @@ coordinates, where they match no parameter entry by entry, and stacking them ane
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -182,7 +182,12 @@ def refresh_schedule(
     """
     due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None)
     key = (random.key(seed) if key is None else key).cpu()
-    return lambda t: "first" if t == 1 else bool(due(torch.tensor([t]), key))
+
+    @lru_cache(maxsize=2)
+    def decisions(start: int) -> list[bool]:
+        return due(torch.arange(start, start + 256), key).tolist()
+
+    return lambda t: "first" if t == 1 else decisions(t - t % 256)[t % 256]
 
 
 def _due(frequency: int | Tensor, scheduler: Sequence[float] | None) -> Callable[[Tensor, Any], Tensor]:
@@ -208,7 +213,7 @@ def _scalars(
     n, moves = t.to(torch.float64), t > 1
     inner = (n - 1).clamp(min=1)
     weights = [ema_weight(x, inner) if correct_bias else 1 - at(x, inner) for x in (beta1, beta2)]
-    columns = [moves, *[torch.where(moves, w, 0) for w in weights], ema_weight(shampoo_beta, n)]
+    columns = [moves, *[w * moves for w in weights], ema_weight(shampoo_beta, n)]
     moments = {name: s["exp_avg"] for name, s in stacks.items()}
     dtype = torch.float64 if any(m.dtype == torch.float64 for m in moments.values()) else torch.float32
     table = materialize(torch.stack([c.to(torch.float64) for c in columns]).to(dtype))
