@@ -22,6 +22,7 @@ from hbfunc.optim.matrix import (
     PrecondSchedulePaLMForeachSOAP,
 )
 from hbfunc.optim.shim import StatefulOptimizer, use_default
+from hbfunc.optim.wrapped import FromTransform, MatricesTo
 
 AdamW = ForeachAdamW
 RMSprop = ForeachRMSprop
@@ -59,7 +60,9 @@ __all__ = [
     "ForeachRMSprop",
     "ForeachSFAdamW",
     "ForeachSOAP",
+    "FromTransform",
     "LaProp",
+    "MatricesTo",
     "Muon",
     "MuonLaProp",
     "PSGDKron",

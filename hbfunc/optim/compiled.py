@@ -16,14 +16,19 @@ Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[
 
 
 def in_place_step(
-    transform: Transform, paths: Sequence[str], present: Sequence[int], at: Sequence[Place], extras: dict[str, Any]
+    transform: Transform,
+    paths: Sequence[str],
+    present: Sequence[int],
+    at: Sequence[Place],
+    extras: dict[str, Any],
+    curvature: bool = False,
 ) -> Step:
     """step(params, grads, tensors, products) for the parameters at `paths`, of which those numbered `present` have
     gradients.
 
-    tensors: those of the state, at the places `at`; like the parameters they are written in place. products: Hessian
-    times the transform's own probes, for the parameters with gradients; empty without curvature. Everything is computed
-    before anything is written, so that an error leaves both as they were.
+    tensors: those of the state, at the places `at`; like the parameters they are written in place. products: with
+    `curvature`, Hessian times the transform's own probes for the parameters with gradients, or nothing on a step that
+    asks for none. Everything is computed before anything is written, so that an error leaves both as they were.
     """
 
     def step(
@@ -32,8 +37,9 @@ def in_place_step(
         leaves = Leaves(zip(paths, params, strict=True))
         given = {paths[i]: g.to(compute_dtype(params[i])) for i, g in zip(present, grads, strict=True)}
         more = dict(extras)
-        if products:
-            product = {paths[i]: h.to(compute_dtype(params[i])) for i, h in zip(present, products, strict=True)}
+        if curvature:
+            known = zip(present, products, strict=False)
+            product = {paths[i]: h.to(compute_dtype(params[i])) for i, h in known}
             more["curvature"] = lambda v: product
         state = nested(dict(zip(at, tensors, strict=True)))
         updates, state = transform.update(state, given, leaves, **more)

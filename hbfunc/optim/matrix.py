@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hbfunc import recipes
+from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optim.first_order import Moments, arguments
 from hbfunc.optim.shim import StatefulOptimizer, use_default
 from hbfunc.transforms import psgd, soap
@@ -107,8 +108,12 @@ class PrecondSchedulePaLMForeachSOAP(PrecondScheduleForeachSOAP):
     palm = True
 
 
-class ForeachPSGDKron(StatefulOptimizer):
-    """PSGD with Kronecker-factored preconditioners (Li 2015, arXiv 1512.04202; Li 2022, arXiv 2211.04422)."""
+class ForeachPSGDKron(WithCurvature):
+    """PSGD with Kronecker-factored preconditioners (Li 2015, arXiv 1512.04202; 2024, arXiv 2402.04553).
+
+    curvature: Newton's method. The factors are fitted on Hessian-vector products, which step(closure) takes from a
+    closure that returns the loss and does not call backward(): `opt.step(lambda: loss_fn(model(x), y))`.
+    """
 
     recipe = staticmethod(recipes.psgd_kron)
     schedule = staticmethod(psgd.refresh_schedule)
@@ -148,6 +153,7 @@ class ForeachPSGDKron(StatefulOptimizer):
         precond_init_scale: float = 1.0,
         precond_lr: float = 0.1,
         *,
+        curvature: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))

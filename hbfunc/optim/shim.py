@@ -129,10 +129,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def products(self, units: list[Unit], decisions: list[Any]) -> list[list[Tensor]]:
-        """For each unit, Hessian-vector products of the parameters that have a gradient, or nothing. decisions: on
-        refreshes, for each unit."""
-        return [[] for _ in units]
+    def products(self, work: list[tuple[dict[str, Any], Unit]], decisions: list[Any]) -> list[list[Tensor] | None]:
+        """For each unit, which is to refresh as decided: Hessian-vector products, or None without curvature."""
+        return [None] * len(work)
 
     # The step.
 
@@ -149,14 +148,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             self._check_gradients(i, group)
         work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group)]
-        units = [unit for _, unit in work]
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group))
-        schedules = [self.refresh(group, unit) for group, unit in work]
-        decisions = [unit.due(s) if s is not None else None for s, unit in zip(schedules, units, strict=True)]
-        products = self.products(units, decisions)
-        for unit, s, decision, product in zip(units, schedules, decisions, products, strict=True):
-            unit.step({} if s is None else {"refresh": decision}, product, self.compile_step)
+        decisions = [unit.due(self.refresh(group, unit)) for group, unit in work]
+        products = self.products(work, decisions)
+        for (_, unit), decision, product in zip(work, decisions, products, strict=True):
+            unit.step(decision, product, self.compile_step)
         if self.use_ema:
             self.ema_update()
         for group in self.param_groups:
@@ -187,6 +184,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             key, units = self._units[index] = self._built(index, group)
         return [unit for unit in units if any(p.grad is not None for p in unit.params)]
 
+    @torch.no_grad()
     def _built(self, index: int, group: dict[str, Any]) -> tuple[Any, list[Unit]]:
         """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views."""
         names = dict(zip(map(id, group["params"]), self._names(index), strict=True))

@@ -38,9 +38,9 @@ def hyper_places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tens
 def hyper_names(found: Iterable[Place]) -> dict[Place, str]:
     """What a hyperparameter is called in a param group: "lr", and where several transforms have some, "matrices.lr".
 
-    Names are the places without "hyper" and without the keys that all of them begin with.
+    Names are the places without "hyper" and "inner", and without the keys that all of them begin with.
     """
-    prefixes = {place: place[: place.index("hyper")] for place in found}
+    prefixes = {place: tuple(key for key in place[:-1] if key not in ("hyper", "inner")) for place in found}
     levels = zip(*prefixes.values(), strict=False)
     shared = len(list(takewhile(lambda keys: len(set(keys)) == 1, levels)))
     return {place: ".".join((*prefix[shared:], place[-1])) for place, prefix in prefixes.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import is_
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from hbfunc import utils
 from hbfunc.optim.compiled import Step, compiled, in_place_step
-from hbfunc.optim.state import Place, hyper_names, hyper_places, per_parameter, places
-from hbfunc.transform import Leaves, Transform
+from hbfunc.optim.state import Place, hyper_names, hyper_places, nested, per_parameter, places
+from hbfunc.transform import Leaves, Transform, compute_dtype
 
 Refresh = Callable[[int], "bool | str"]  # step, from 1 -> what `update(..., refresh=)` is given there
 
@@ -61,27 +62,54 @@ class Unit:
         """Numbers of the parameters that have a gradient."""
         return tuple(i for i, p in enumerate(self.params) if p.grad is not None)
 
-    def step(self, extras: dict[str, Any], products: Sequence[Tensor] = (), compile_step: bool = True) -> None:
+    def step(self, refresh: bool | str | None, products: Sequence[Tensor] | None, compile_step: bool = True) -> None:
         """One step in place, of the parameters that have a gradient.
 
-        extras: choices handed to `update`. products: Hessian-vector products, one for each of these parameters.
+        refresh: as decided by `due`. products: Hessian-vector products, one for each of these parameters, or an empty
+        list where no refresh needs them; None for a transform that does not work with curvature.
         """
         present = self.present()
         mode = utils.compile_mode if compile_step else None
-        key = present, tuple(extras.items()), bool(products), mode, utils.dynamic
+        key = present, refresh, products is None, mode, utils.dynamic
         if key not in self.steps:
-            step = in_place_step(self.transform, self.paths, present, list(self.tensors), extras)
+            extras = self._extras(refresh)
+            step = in_place_step(
+                self.transform, self.paths, present, list(self.tensors), extras, curvature=products is not None
+            )
             self.steps[key] = compiled(step, mode, utils.dynamic, self.params[0].device)
         grads = [self.params[i].grad for i in present]
-        self.steps[key](self.params, grads, list(self.tensors.values()), products)  # type: ignore[arg-type]
+        self.steps[key](self.params, grads, list(self.tensors.values()), products or ())  # type: ignore[arg-type]
         if self.counts:
             for i in present:
                 self.counts[i] += 1
 
-    def due(self, refresh: Refresh) -> bool | str | None:
-        """Whether this step refreshes, known here if all parameters are at one count, else decided in the graph."""
+    def due(self, schedule: Refresh | None) -> bool | str | None:
+        """Whether this step refreshes: known here if all parameters are at one count, None to decide in the graph."""
+        if schedule is None:
+            return None
         if not self.counts:
             counts = {place[-1]: t for place, t in self.tensors.items() if len(place) > 2 and place[-2] == "count"}
             self.counts = [int(counts[path]) for path in self.paths]
-        decisions = {refresh(t) for t in {self.counts[i] + 1 for i in self.present()}}
+        decisions = {schedule(t) for t in {self.counts[i] + 1 for i in self.present()}}
         return decisions.pop() if len(decisions) == 1 else None
+
+    def probes(self, refresh: bool | str | None) -> dict[Tensor, Tensor]:
+        """The vectors that this step will ask Hessian-vector products of, by parameter: a rehearsal, until it asks."""
+        asked: dict[str, Tensor] = {}
+
+        def ask(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            asked.update(v)
+            raise _Asked
+
+        leaves = Leaves(zip(self.paths, self.params, strict=True))
+        grads = {k: p.grad.to(compute_dtype(p)) for k, p in leaves.items() if p.grad is not None}
+        with suppress(_Asked):
+            self.transform.update(nested(self.tensors), grads, leaves, curvature=ask, **self._extras(refresh))
+        return {leaves[k]: v for k, v in asked.items()}
+
+    def _extras(self, refresh: bool | str | None) -> dict[str, Any]:
+        return {"refresh": refresh} if "refresh" in self.transform.needs else {}
+
+
+class _Asked(Exception):
+    pass

@@ -11,6 +11,8 @@ from hbfunc.combinators import partition
 from hbfunc.recipes.first_order import adamw
 from hbfunc.transform import Transform
 
+Exclude = str | Sequence[str] | Callable[[str, Tensor], bool]
+
 # What the input and output layers of common models are called.
 ENDS = ("*embed*", "emb", "*_emb", "wte", "wpe", "head", "heads", "*_head", "classifier")
 
@@ -18,7 +20,7 @@ ENDS = ("*embed*", "emb", "*_emb", "wte", "wpe", "head", "heads", "*_head", "cla
 def matrices_to(
     matrices: Transform,
     rest: Transform | None = None,
-    exclude: str | Sequence[str] | Callable[[str, Tensor], bool] = ENDS,
+    exclude: Exclude = ENDS,
 ) -> Transform:
     """Leaves of two or more dims to `matrices`, vectors, scalars and what is excluded to `rest`, by default `adamw()`.
 
@@ -32,14 +34,22 @@ def matrices_to(
         tx = matrices_to(soap(), exclude=lambda path, p: max(p.shape) > 10_000)
     """
 
+    chosen = chooses_matrices(exclude)
+    return partition(
+        {"matrices": matrices, "rest": adamw() if rest is None else rest},
+        lambda path, p: "matrices" if chosen(path, p) else "rest",
+    )
+
+
+def chooses_matrices(exclude: Exclude) -> Callable[[str, Tensor], bool]:
+    """(path, parameter) -> whether it is one of `matrices_to`'s matrices."""
     patterns = [exclude] if isinstance(exclude, str) else exclude
 
-    def excluded(path: str, p: Tensor) -> bool:
+    def chosen(path: str, p: Tensor) -> bool:
+        if p.ndim < 2:
+            return False
         if callable(patterns):
-            return patterns(path, p)
-        return any(fnmatch(part, pattern) for part in path.split(".") for pattern in patterns)
+            return not patterns(path, p)
+        return not any(fnmatch(part, pattern) for part in path.split(".") for pattern in patterns)
 
-    def label(path: str, p: Tensor) -> str:
-        return "matrices" if p.ndim > 1 and not excluded(path, p) else "rest"
-
-    return partition({"matrices": matrices, "rest": adamw() if rest is None else rest}, label)
+    return chosen

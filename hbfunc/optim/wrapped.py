@@ -1,0 +1,159 @@
+"""Any Transform as a torch.optim class, and the common partition of a model in one line.
+
+    optimizer = FromTransform(model.named_parameters(), hbfunc.cautious(hbfunc.laprop(lr=1e-3)))
+    optimizer = MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfunc.adamw(lr=3e-4))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hbfunc.combinators import with_hyperparameters
+from hbfunc.optim.curvature import WithCurvature
+from hbfunc.optim.shim import trainable
+from hbfunc.optim.state import Place, hyper_names, hyper_places
+from hbfunc.recipes.first_order import adamw
+from hbfunc.recipes.partitioned import ENDS, Exclude, chooses_matrices
+from hbfunc.transform import Flat, Layout, Leaves, State, Transform, transform
+
+
+class FromTransform(WithCurvature):
+    """A torch.optim.Optimizer that steps with `transform`.
+
+    The hyperparameters in the transform's state are options of the param groups: "lr", "beta1", ...; where several
+    transforms inside have some, with their names in front, as in "matrices.lr". Every group has an "lr", for LR
+    schedulers to drive: the transform's own, or else, 1 at first, a factor of all its learning rates, or of its updates
+    if it has none. A group may bring a "transform" of its own.
+
+    params: as in torch.optim; `named_parameters()` where the transform looks at paths (`partition`, `masked`).
+    foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once.
+    curvature: for a transform that wants Hessian-vector products; see `step`.
+    Raises TypeError for a transform that is none.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        transform: Transform | None = None,
+        *,
+        foreach: bool = True,
+        use_ema: bool | None = None,
+        curvature: bool = False,
+    ) -> None:
+        super().__init__(params, {"transform": transform, "curvature": curvature}, foreach, use_ema, seed=0)
+
+    def transform(self, group: dict[str, Any]) -> Transform:
+        """The transform of a param group."""
+        if not isinstance(group["transform"], Transform):
+            raise TypeError(f"transform={group['transform']!r}: expected a Transform, such as hbfunc.adamw()")
+        return group["transform"]
+
+    def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The parameters that have a state, and the transform."""
+        return tuple(map(id, trainable(group))), group["foreach"], group["transform"]
+
+    def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
+        """The value in a param group of a hyperparameter of the state."""
+        return group[name]
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's; the group gets the hyperparameters of its transform, unless it brings them."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            named = zip(self._names(len(self.param_groups) - 1), group["params"], strict=True)
+            tx = self.transform(group)
+            hyper = dict(hyper_places(tx.init(Leaves(sorted(named)))))
+            if "lr" not in hyper_names(hyper).values():
+                tx = with_lr(tx)
+                hyper = _lr_beside(hyper)
+            names = hyper_names(hyper)
+            group.update({"transform": tx, "rule": tx.name})
+            group.update({names[place]: _number(x) for place, x in hyper.items() if names[place] not in group})
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+
+class MatricesTo(FromTransform):
+    """`matrices_to` as a torch.optim class: parameters of two or more dims to `matrices`, the rest to `rest`.
+
+        MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfunc.adamw(lr=3e-4))
+
+    param_groups[0] are the matrices and param_groups[1] the rest (AdamW, if not given), each with its hyperparameters.
+    named_params: (name, parameter) pairs, because `exclude` is about names; see `hbfunc.matrices_to`.
+    Raises TypeError for parameters without names.
+    """
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, Tensor]],
+        matrices: Transform,
+        rest: Transform | None = None,
+        exclude: Exclude = ENDS,
+        *,
+        foreach: bool = True,
+        use_ema: bool | None = None,
+        curvature: bool = False,
+    ) -> None:
+        pairs = list(named_params)
+        if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
+            raise TypeError("named_params: expected (name, parameter) pairs, such as model.named_parameters()")
+        chosen = chooses_matrices(exclude)
+        groups = [
+            {"params": [pair for pair in pairs if chosen(*pair)], "transform": matrices},
+            {"params": [pair for pair in pairs if not chosen(*pair)], "transform": adamw() if rest is None else rest},
+        ]
+        super().__init__(groups, foreach=foreach, use_ema=use_ema, curvature=curvature)
+
+
+def with_lr(inner: Transform) -> Transform:
+    """`inner` with a hyperparameter lr = 1 above: a factor of the learning rates among its own hyperparameters, or of
+    its updates if there are none."""
+    return with_hyperparameters(lambda lr: _times(inner, lr), lr=1.0)
+
+
+def _times(inner: Transform, lr: float | Tensor) -> Transform:
+    def init(params: Leaves) -> State:
+        return {"inner": inner.init(params)}
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        before = state["inner"]
+        rates = {place: x for place, x in hyper_places(before) if place[-1] == "lr"}
+        updates, after = inner.update(
+            _replaced(before, {place: x * lr for place, x in rates.items()}), updates, params, **extras
+        )
+        if not rates:
+            updates = {k: u * lr for k, u in updates.items()}
+        return updates, {"inner": _replaced(after, rates)}
+
+    def layout(params: Flat) -> Layout:
+        assert inner.layout is not None
+        return {"inner": inner.layout(params)}
+
+    return transform(init, update, inner.name, inner.needs, layout if inner.layout else None)
+
+
+def _replaced(state: State, values: dict[Place, Tensor], at: Place = ()) -> State:
+    """A state with other tensors at some places."""
+    return {
+        k: _replaced(v, values, (*at, k)) if isinstance(v, dict) else values.get((*at, k), v) for k, v in state.items()
+    }
+
+
+def _lr_beside(hyper: dict[Place, Tensor]) -> dict[Place, Tensor]:
+    """The hyperparameters in a state of `with_lr`, from those in the state of what it wraps."""
+    return {("hyper", "lr"): torch.ones(()), **{("inner", *place): x for place, x in hyper.items()}}
+
+
+def _number(x: Tensor) -> float | int:
+    """A hyperparameter as people write it: 0.0025, and not the nearest float32 in all digits of a float64."""
+    return float(str(np.float32(x.item()))) if x.dtype == torch.float32 else x.item()
