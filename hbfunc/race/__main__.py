@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         torch.set_num_threads(before)
 
-    each = f"{len(plan.lrs)} learning rates" + f" x {plan.repeats} initialisations" * (plan.repeats > 1)
+    each = f"{len(plan.lrs)} learning rate{'s' * (len(plan.lrs) > 1)}"
+    each += f" x {plan.repeats} initialisations" * (plan.repeats > 1)
     print(f"\n{task.name}: {each} per optimizer, {plan.steps} steps of batch {plan.batch_size}")
     print(f"{task.metric}, ranked by {'final score' if args.rank_by == 'score' else 'steps to the target'}\n")
     print(report.table(task, ranked, target))

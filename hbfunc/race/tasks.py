@@ -93,7 +93,7 @@ def digits(device: torch.device) -> Task:
         target=0.97,
         steps=200,
         batch_size=128,
-        lrs=(3e-4, 1e-1, 8),
+        lrs=(1e-3, 3e-1, 8),
         repeats=3,
         threads=1,  # kernels this small lose more than they gain by being shared
         facts={"train": n, "valid": len(y) - n},
@@ -161,10 +161,10 @@ def text(device: torch.device) -> Task:
         valid=windows(valid.to(device), spread.to(device)),
         metric="validation bits per character",
         fraction=False,
-        target=3.0,
+        target=3.3,
         steps=300,
         batch_size=16,
-        lrs=(3e-4, 3e-2, 5),
+        lrs=(1e-3, 1e-1, 6),
         repeats=1,
         threads=None,
         facts={
