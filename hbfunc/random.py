@@ -27,7 +27,7 @@ Word = Any  # an unsigned 32-bit word, [0, 2**32): a Python int or an int64 tens
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_DRAW, _FOLD = 0, 1  # last counter word: draws and derived keys never share a block
+_DRAW, _FOLD, _FOLD_NAMED = 0, 1, 2  # last counter word: draws and derived keys never share a block
 
 
 def key(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -62,13 +62,13 @@ def hash_name(name: str) -> int:
 
 
 def fold_in_each(key: Tensor, data: Tensor, names: Sequence[str]) -> Tensor:
-    """Keys int64 [n, 2] for n integers (int64 [n]) and names: row i is fold_in_name(fold_in(key, data[i]), names[i]).
+    """New keys from a key, n integers (int64 [n]) and n names: int64 [n, 2].
 
-    For many leaves the cost, and the size of a compiled graph, is that of one.
+    For many leaves at once: the cost, and the size of a compiled graph, is that of one.
     """
     hashes = torch.tensor([hash_name(name) for name in names], dtype=torch.int64, device=key.device)
-    stepped = philox((data & _MASK, (data >> 32) & _MASK, 0, _FOLD), (key[0], key[1]))
-    return torch.stack(philox((hashes, 0, 0, _FOLD), stepped[:2])[:2], -1)
+    words = philox((data & _MASK, (data >> 32) & _MASK, hashes, _FOLD_NAMED), (key[0], key[1]))
+    return torch.stack(words[:2], -1)
 
 
 def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
