@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -156,6 +158,35 @@ def test_lanes_with_their_own_refresh_frequency():
     for lane, frequency in enumerate([1, 2, 5]):
         want, _ = train(tx(precondition_frequency=frequency), params, batches[:12])
         for k, p in want.items():
+            torch.testing.assert_close(got.lanes["params"][k][lane], p, rtol=0, atol=1e-10)
+
+
+def test_curvature_is_the_lanes_own():
+    """PSGD fitted on Hessian-vector products, against a loop that makes them with double backward."""
+    params, batches = network()
+
+    def tx(lr):
+        return hbfunc.psgd_kron(lr=lr, curvature=True, momentum_into_precond_update=False)
+
+    got = sweep.run(loss_fn, tx, params, {"lr": [1e-3, 1e-2]}, batches[:4], curvature=True)
+    for lane, lr in enumerate([1e-3, 1e-2]):
+        model, rule = params, tx(lr)
+        state = rule.init(model)
+        for batch in batches[:4]:
+
+            def product(v, batch=batch, model=model):
+                return torch.autograd.functional.hvp(
+                    lambda *ps: loss_fn(dict(zip(model, ps, strict=True)), batch),
+                    tuple(model.values()),
+                    tuple(v[k] for k in model),
+                )[1]
+
+            grads = torch.func.grad(loss_fn)(model, batch)
+            updates, state = rule.update(
+                state, grads, model, curvature=lambda v: dict(zip(params, product(v), strict=True))
+            )
+            model = hbfunc.apply_updates(model, updates)
+        for k, p in model.items():
             torch.testing.assert_close(got.lanes["params"][k][lane], p, rtol=0, atol=1e-10)
 
 
@@ -690,7 +721,7 @@ def test_table(results):
     ]
 
 
-def test_heatmap_and_curves(results):
+def test_heatmap_and_curves(results, figures):
     axes = results.heatmap("lr", "seed")
     assert axes.get_xlabel() == "lr"
     np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), [[2.0, np.nan], [1.0, 1.5]])
@@ -705,8 +736,8 @@ def test_heatmap_and_curves(results):
         results.curves(color="wd")
 
 
-@pytest.fixture(autouse=True)
-def quiet_figures(monkeypatch):
+@pytest.fixture
+def figures():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
@@ -731,3 +762,17 @@ def test_progress_bar(capsys):
     assert "6/6" in capsys.readouterr().err
     sweep.run(loss_fn, lr_only, params, {"lr": [0.1]}, batches[:3])  # no terminal
     assert capsys.readouterr().err == ""
+
+
+# -- the benchmark --------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_leaves_its_table_and_picture(tmp_path):
+    pytest.importorskip("sklearn")
+    script = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
+    options = ["--versus", "0", "--lanes", "1", "3", "--recipes", "adamw", "--eager", "--turns", "1"]
+    subprocess.run([sys.executable, script, *options, "--out", tmp_path], check=True, capture_output=True)
+    table = json.loads((tmp_path / "sweep.json").read_text())["table"]
+    assert [(row["recipe"], row["lanes"]) for row in table] == [("adamw", 1), ("adamw", 3)]
+    assert all(row["microseconds"] > 0 and row["ratio"] > 0 for row in table)
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

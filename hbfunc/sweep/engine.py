@@ -51,13 +51,14 @@ _EXTRAS = ("buffers", "key", "design")
 # One lane
 
 
-def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = ()) -> Step:
+def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = (), *, curvature: bool = False) -> Step:
     """The training step of one lane, pure: step(lane, batch, refresh=None) -> (lane, metrics).
 
     loss_fn(params, batch) returns the loss, 0-d, or (loss, aux) with aux a dict of 0-d metrics. What it asks for in
     `needs` comes by keyword: "buffers" (it then returns the new ones as aux["buffers"]), "key" (int64 [2], fresh at
     every step, for `dropout`), "design" (the lane's columns, 0-d each).
     tx: a Transform, or a factory of one whose arguments are columns of the design.
+    curvature: hand Hessian-vector products of the loss to a transform that needs them.
     refresh: handed to a transform that needs it, see `Transform`.
 
     Raises ValueError for a need that is none.
@@ -75,10 +76,15 @@ def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = (
             out = loss_fn(params, batch, **extras)
             return out if isinstance(out, tuple) else (out, {})
 
+        def product(v: Tree) -> Tree:
+            gradient = torch.func.grad(lambda params: objective(params)[0])
+            return torch.func.vjp(gradient, lane["params"])[1](v)[0]  # the Hessian is symmetric
+
         grads, (loss, aux) = torch.func.grad_and_value(objective, has_aux=True)(lane["params"])
         rule = build(lane["design"])
-        extra = {"refresh": refresh} if "refresh" in rule.needs else {}
-        updates, state = rule.update(lane["state"], grads, lane["params"], **extra)
+        offered = {"refresh": refresh, "curvature": product if curvature else None}
+        asked = {need: x for need, x in offered.items() if need in rule.needs}
+        updates, state = rule.update(lane["state"], grads, lane["params"], **asked)
         metrics = {k: v for k, v in aux.items() if k != "buffers"}
         new = {
             "params": apply_updates(lane["params"], updates),
@@ -313,6 +319,7 @@ def stream(
     buffers: Tree | None = None,
     stacked: bool = False,
     needs: Sequence[str] = (),
+    curvature: bool = False,
     refresh: Callable[[int], Refresh] | None = None,
     evaluate: Callable[[Lane], Metrics] | None = None,
     every: int = 1,
@@ -323,7 +330,7 @@ def stream(
 ) -> Generator[Event, None, None]:
     """Train the K lanes of `design`, and yield an Event after every `every` steps and the last, chunk after chunk.
 
-    loss_fn, tx, needs: see `make_step`. params, design, buffers, stacked: see `init`.
+    loss_fn, tx, needs, curvature: see `make_step`. params, design, buffers, stacked: see `init`.
     batches: a sequence, or a function of the step t = 1, 2, ..., because every chunk sees them again.
     steps: how many; by default len(batches).
     refresh: a function of the step, decided here for all lanes; None: in the graph, where each decides for itself.
@@ -341,7 +348,7 @@ def stream(
     if every < 1 or (chunk is not None and chunk < 1):
         raise ValueError(f"every={every}, chunk={chunk}: expected positive numbers")
 
-    one_step = freeze(make_step(loss_fn, tx, needs))
+    one_step = freeze(make_step(loss_fn, tx, needs, curvature=curvature))
     step, plain = vectorize(one_step, compile), vectorize(one_step)
     measure = torch.vmap(_evaluator(evaluate)) if evaluate else None
     batch = batches if callable(batches) else lambda t: batches[t - 1]

@@ -1,0 +1,198 @@
+"""How fast are K trainings at once? `python benchmarks/sweep.py` measures on one CPU thread, on the MLP 64-64-10.
+
+The unit is the lane-step: one training step, batch 128, of one of the K trainings. What is compared with is what one
+would write otherwise: a loop over ordinary trainings with torch.optim.AdamW(fused=True). Every number is a ratio to
+that loop, timed in the same process, in turns, and the median over the turns; so a busy machine slows both.
+
+    versus   K lanes of adamw, compiled and eager, against K whole sequential trainings (for one K, by default 64)
+    table    every recipe at every K, compiled (--eager: not), against the same loop
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hbfunc
+from hbfunc import sweep
+from hbfunc.race.tasks import TASKS
+from hbfunc.transforms import psgd, soap
+
+Factory = Callable[[Tensor], hbfunc.Transform]
+
+RECIPES: dict[str, tuple[Factory, Callable[[int], bool | str] | None]] = {
+    "adamw": (lambda lr: hbfunc.adamw(lr=lr), None),
+    "rmsprop": (lambda lr: hbfunc.rmsprop(lr=lr), None),
+    "laprop": (lambda lr: hbfunc.laprop(lr=lr), None),
+    "adopt": (lambda lr: hbfunc.adopt(lr=lr), None),
+    "sfadamw": (lambda lr: hbfunc.sfadamw(lr=lr), None),
+    "muon": (lambda lr: hbfunc.muon(lr=lr), None),
+    "muon_laprop": (lambda lr: hbfunc.muon_laprop(lr=lr), None),
+    "soap": (lambda lr: hbfunc.soap(lr=lr), soap.refresh_schedule()),
+    "psgd_kron": (lambda lr: hbfunc.psgd_kron(lr=lr), psgd.refresh_schedule()),
+}
+
+
+class Digits:
+    """The task, and one batch after the other from it."""
+
+    def __init__(self) -> None:
+        self.task = TASKS["digits"](torch.device("cpu"))
+        self.model = self.task.build()
+        draw = torch.Generator().manual_seed(0)
+        self.batches = [self.task.sample(draw, 128) for _ in range(100)]
+
+    def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.task.loss(self.model, params, *batch)
+
+    def each(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from self.batches
+
+
+def sequential(digits: Digits, models: int, steps: int) -> float:
+    """Seconds per lane-step of `models` trainings with torch.optim.AdamW(fused=True), one after the other."""
+    nets = [digits.task.build() for _ in range(models)]
+    optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True) for net in nets]
+    began = time.perf_counter()
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        for (x, y), _ in zip(digits.each(), range(steps), strict=False):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    return (time.perf_counter() - began) / (models * steps)
+
+
+class Lanes:
+    """K lanes of a recipe that have done their first steps, the compiling ones."""
+
+    def __init__(self, digits: Digits, recipe: str, k: int, compile: bool) -> None:
+        tx, self.refresh = RECIPES[recipe]
+        self.k, self.t, self.batches = k, 0, digits.each()
+        self.lanes = sweep.init(tx, digits.task.initial(0), sweep.sample(k, lr=sweep.log_uniform(1e-4, 1e-2)))
+        self.step = sweep.vectorize(sweep.freeze(sweep.make_step(digits.loss, tx)), compile=compile)
+        began = time.perf_counter()
+        self.advance(4)
+        self.first_steps = time.perf_counter() - began
+        self.steps = max(2, min(50, round(0.3 / self.advance(2) / k) // 2 * 2))
+
+    def advance(self, steps: int) -> float:
+        """Seconds per lane-step."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.t += 1
+            refresh = self.refresh(self.t) if self.refresh else None
+            self.lanes, _ = self.step(self.lanes, next(self.batches), refresh=refresh)
+        return (time.perf_counter() - began) / (steps * self.k)
+
+    def turn(self) -> float:
+        return self.advance(self.steps)
+
+
+def in_turns(turns: int, work: dict[str, Callable[[], float]]) -> dict[str, dict[str, float]]:
+    """Seconds of each work, the first being the loop: medians, and of the ratios loop / work also the range."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(turns):
+        for name, fn in work.items():
+            seconds[name].append(fn())
+    loop = next(iter(seconds.values()))
+    found = {}
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(loop, times, strict=True)]
+        found[name] = {
+            "microseconds": 1e6 * statistics.median(times),
+            "ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
+    return found
+
+
+def versus(digits: Digits, k: int, turns: int) -> dict[str, Any]:
+    """The show: K lanes of adamw against K sequential trainings."""
+    compiled, eager = Lanes(digits, "adamw", k, True), Lanes(digits, "adamw", k, False)
+    work = {"torch.optim.AdamW(fused=True)": lambda: sequential(digits, k, 20)}
+    work |= {"sweep, compiled": compiled.turn, "sweep, eager": eager.turn}
+    sequential(digits, 2, 20)
+    return {"lanes": k, "first_steps_seconds": compiled.first_steps, "rows": in_turns(turns, work)}
+
+
+def table(digits: Digits, recipes: list[str], ks: list[int], turns: int, compile: bool) -> Iterator[dict[str, Any]]:
+    """A row per recipe and K."""
+    for recipe in recipes:
+        for k in ks:
+            torch.compiler.reset()
+            lanes = Lanes(digits, recipe, k, compile)
+            rows = in_turns(turns, {"loop": lambda: sequential(digits, 4, 50), recipe: lanes.turn})
+            row = {"recipe": recipe, "lanes": k, "first_steps_seconds": lanes.first_steps, **rows[recipe]}
+            print(f"{recipe:12} {k:5}  {row['microseconds']:9.1f} us  {row['ratio']:6.2f}x", flush=True)
+            yield row
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Both parts as a picture: speed against the number of lanes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for recipe in dict.fromkeys(row["recipe"] for row in data["table"]):
+        rows = [row for row in data["table"] if row["recipe"] == recipe]
+        ax.plot([r["lanes"] for r in rows], [r["ratio"] for r in rows], marker="o", markersize=3, label=recipe)
+    ax.axhline(1, color="black", linewidth=1, linestyle="--")
+    ax.set(xscale="log", yscale="log", xlabel="lanes", ylabel="lane-steps per second, relative to the loop")
+    ax.set_title("Trainings at once against a loop of torch.optim.AdamW(fused=True), one CPU thread", fontsize=10)
+    ax.legend(fontsize=8, ncols=2)
+    fig.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--lanes", type=int, nargs="*", default=[1, 4, 16, 64, 256, 1024], help="of the table; none skips it")
+    add("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    add("--versus", type=int, default=64, metavar="K", help="0 skips this part")
+    add("--turns", type=int, default=9)
+    add("--eager", action="store_true", help="do not compile for the table")
+    add("--out", type=Path, default=Path("runs"), help="folder for sweep.json and sweep.png")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    digits = Digits()
+    data: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "cpu": cpu(), "table": []}
+    if args.versus:
+        data["versus"] = versus(digits, args.versus, args.turns)
+        print(f"{args.versus} lanes of adamw, microseconds per lane-step, speed relative to the loop (lowest, highest)")
+        for name, row in data["versus"]["rows"].items():
+            spread = f"({row['lowest']:.2f}, {row['highest']:.2f})"
+            print(f"{name:30} {row['microseconds']:9.1f} us  {row['ratio']:6.2f}x  {spread}", flush=True)
+    for row in table(digits, args.recipes, args.lanes, args.turns, not args.eager):
+        data["table"].append(row)
+        (args.out / "sweep.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (args.out / "sweep.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if data["table"]:
+        draw(data, args.out / "sweep.png")
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    )
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()
