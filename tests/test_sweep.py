@@ -104,7 +104,8 @@ def lr_only(lr):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_lanes_equal_separate_runs(name, dtype, request):
+@pytest.mark.parametrize("every", [21, pytest.param(1, marks=pytest.mark.thorough)])
+def test_lanes_equal_separate_runs(name, dtype, every):
     """64 lanes, hyperparameters and seeds varied together, in chunks. Four of them are compared, at night all."""
     factory, (params, batches) = RECIPES[name], network(dtype)
     design = sweep.sample(
@@ -115,8 +116,7 @@ def test_lanes_equal_separate_runs(name, dtype, request):
         seed=range(K),
     )
     got = sweep.run(loss_fn, factory, params, design, batches, chunk=25)
-    night = request.config.getoption("markexpr") == "thorough"
-    for lane in range(0, K, 1 if night else 21):
+    for lane in range(0, K, every):
         numbers = {k: v[lane].item() for k, v in design.items()}
         want, losses = train(factory(**numbers), params, batches)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-10
