@@ -65,8 +65,8 @@ class ForeachLaProp(Moments):
 class TrainEval(StatefulOptimizer):
     """Schedule-Free's two points: the parameters hold y while training and the average x after `eval()`."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
-        super().__init__(params, {**defaults, "train_mode": True}, **options)
+    def __init__(self, params: Any, defaults: dict[str, Any], *args: Any, **options: Any) -> None:
+        super().__init__(params, {**defaults, "train_mode": True}, *args, **options)
 
     def train(self, mode: bool = True) -> None:
         """Put the parameters at y, where gradients are taken. No effect if they are there. train(False) is eval()."""

@@ -82,7 +82,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _resolved(self, name: str, value: Any) -> Any:
-        return getattr(self, name) if value is use_default else value
+        if value is not use_default:
+            return value
+        attribute = getattr(self, name)
+        return getattr(attribute, "__func__", attribute)  # a clipping function is no method, even if it looks like one
 
     # What a subclass may replace.
 
@@ -133,6 +136,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """For each unit, which is to refresh as decided: Hessian-vector products, or None without curvature."""
         return [None] * len(work)
 
+    def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None) -> None:
+        """One step of a unit, which is to refresh as decided."""
+        unit.step(decision, products, self.compile_step)
+
     # The step.
 
     @torch.compiler.disable(reason="hbfunc steps in a graph of its own")
@@ -153,7 +160,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         decisions = [unit.due(self.refresh(group, unit)) for group, unit in work]
         products = self.products(work, decisions)
         for (_, unit), decision, product in zip(work, decisions, products, strict=True):
-            unit.step(decision, product, self.compile_step)
+            self.advance(unit, decision, product)
         if self.use_ema:
             self.ema_update()
         for group in self.param_groups:

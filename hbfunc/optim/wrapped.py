@@ -1,7 +1,7 @@
 """Any Transform as a torch.optim class, and the common partition of a model in one line.
 
-    optimizer = FromTransform(model.named_parameters(), hbfunc.cautious(hbfunc.laprop(lr=1e-3)))
-    optimizer = MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfunc.adamw(lr=3e-4))
+optimizer = FromTransform(model.named_parameters(), hbfunc.cautious(hbfunc.laprop(lr=1e-3)))
+optimizer = MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfunc.adamw(lr=3e-4))
 """
 
 from __future__ import annotations
