@@ -470,6 +470,6 @@ def _bar(progress: bool | None, total: int) -> Any:
         raise ImportError("progress=True needs tqdm: python -m pip install 'hbfunc[demo]'")
     if progress is False or not installed:
         return nullcontext()
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     return tqdm(total=total, unit="lane-step", dynamic_ncols=True, disable=None if progress is None else False)
