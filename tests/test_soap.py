@@ -234,7 +234,7 @@ def test_every_form_of_refresh_gives_the_same_bits(name):
     decided = directions(tx, grads)
     compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
     forms = [(due, None), (None, compiled(tx.update)), (due, compiled(tx.update))]
-    for refresh, update in forms if name == "frequency" else forms[:2]:
+    for refresh, update in forms if name == "frequency" else forms[:1]:
         assert same(decided, directions(tx, grads, refresh, update))
 
     def lane(beta1, refresh):
@@ -266,6 +266,18 @@ def test_the_frequency_is_a_hyperparameter_where_it_is_a_tensor():
     assert state["hyper"]["precondition_frequency"].dtype == torch.int64
     assert same(got, run(hbfunc.soap(precondition_frequency=3), params, grads)[0])
     assert "precondition_frequency" not in hbfunc.soap().init(tensors(params))["hyper"]
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+def test_a_caller_who_is_wrong_about_the_first_step_starts_from_the_identity(refresh):
+    grads = [tensors(g) for g in arrays({"a": (4, 4)}, 3)[1]]
+    updates, state = directions(scale_by_soap(), grads, lambda t: refresh)
+    assert torch.equal(updates[0]["a"], torch.zeros(4, 4, dtype=F64))
+    q = state["Q_0"]["4x4_float64"][0]
+    assert (q.mT @ q - torch.eye(4, dtype=F64)).abs().max() < 1e-14
+    if not refresh:
+        plain = directions(hbfunc.scale_by_adam(0.9, 0.95), grads[1:])[0]
+        assert all((a["a"] - b["a"]).abs().max() < 1e-14 for a, b in zip(updates[1:], plain, strict=True))
 
 
 def test_leaves_of_one_stack_keep_their_own_steps():
@@ -426,7 +438,7 @@ def test_hypergradients_are_exact_in_every_form():
 
 
 def test_stop_gradient_keeps_derivatives_finite():
-    """Nine steps of a 12 x 1 problem: covariances of rank 1 and less than full, where QR has no derivative."""
+    """Five steps of twelve rows and two columns: covariances of less than full rank, where QR has no derivative."""
     for refresh in (None, refresh_schedule()):
         fn = partial(trained, refresh=refresh, shape=(12, 2), steps=5, stop_gradient=True)
         assert torch.isfinite(torch.func.grad(fn)(torch.tensor(0.05, dtype=F64)))
