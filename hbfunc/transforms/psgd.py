@@ -281,7 +281,7 @@ def refresh_schedule(
     """
     p = update_probability if preconditioner_update_probability is None else preconditioner_update_probability
     key = (random.key(seed) if key is None else key).cpu()
-    constant = 0.0 if callable(p) else float(torch.as_tensor(p).to(dtype))
+    constant = 0.0 if callable(p) else float(torch.as_tensor(p, dtype=dtype))
 
     def probability(t: int) -> float:
         return float(p(torch.tensor(float(t), dtype=torch.float64))) if callable(p) else constant
