@@ -50,11 +50,19 @@ def in_place_step(
         # A rule may hand one entry of its state on as another ("previous"): copied before either is written.
         changed = [(old, new.clone() if new in written else new) for old, new in changed if new is not old]
         for k, p in moved.items():
-            leaves[k].copy_(p)
+            _write(leaves[k], p)
         for old, new in changed:
-            old.copy_(new)
+            _write(old, new)
 
     return step
+
+
+def _write(old: Tensor, new: Tensor) -> None:
+    """old.copy_(new). torch 2.13 compiles that away, without an error, where `old` is a 0-dim float64 input of the graph:
+    dynamo takes it for a Python float, and starts anew. Seen as a vector, it is written."""
+    if old.ndim == 0 and old.dtype == torch.float64:
+        old, new = old.view(1), new.reshape(1)
+    old.copy_(new)
 
 
 def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.device) -> Step:
