@@ -543,6 +543,19 @@ def test_state_that_was_replaced_is_taken_over():
     assert_same(params, fresh.params)
 
 
+def test_parameters_of_a_group_may_be_on_several_devices():
+    params = {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Parameter(torch.ones(3, device="meta"))}
+    params["c"] = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = hbfunc.AdamW(list(params.items()), lr=0.1)
+    reference = Reference("ForeachAdamW", {k: params[k] for k in "ac"}, {"lr": 0.1})
+    for _ in range(3):
+        grads = set_grads(params)
+        reference.step({k: grads[k] for k in "ac"})
+        optimizer.step()
+        assert_same({k: params[k] for k in "ac"}, reference.params)
+    assert optimizer.state[params["b"]]["exp_avg"].device.type == "meta"
+
+
 # -- checkpoints and copies -----------------------------------------------------------------------------------------
 
 

@@ -187,7 +187,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if all(p.grad is None for p in group["params"]):
             return []
         key, units = self._units.get(index, (None, []))
-        if key != self.structure(group) or not all(unit.shown_in(self.state) for unit in units):
+        alive = set(map(id, self.state.values()))
+        if key != self.structure(group) or not all(unit.shown_in(alive) for unit in units):
             key, units = self._units[index] = self._built(index, group)
         return [unit for unit in units if any(p.grad is not None for p in unit.params)]
 
@@ -208,7 +209,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             adopt(unit.views, {k: v for k, v in values.items() if v})
         for unit in units:
             for k, p in zip(unit.paths, unit.params, strict=True):
-                self.state[p] = {**unit.views[k], **{n: x for n, x in held.get(k, {}).items() if n in EMA}}
+                unit.shown[k].update({n: x for n, x in held.get(k, {}).items() if n in EMA})
+                self.state[p] = unit.shown[k]
         return self.structure(group), units
 
     def _names(self, index: int) -> list[str]:

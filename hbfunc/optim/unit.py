@@ -29,6 +29,7 @@ class Unit:
         state = transform.init(leaves)
         layout = {} if transform.layout is None else transform.layout(leaves)
         self.views = per_parameter(state, layout, self.paths)
+        self.shown: dict[str, dict[str, Any]] = {k: dict(entries) for k, entries in self.views.items()}  # as `state[p]`
         self.hyper = {
             place: x.to(torch.float64) if double and x.is_floating_point() else x for place, x in hyper_places(state)
         }
@@ -39,11 +40,11 @@ class Unit:
         self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
         self.steps: dict[Any, Step] = {}
 
-    def shown_in(self, state: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether `state` still holds the views of this unit, and nobody has put other tensors in their place."""
-        for path, p in zip(self.paths, self.params, strict=True):
-            views, shown = self.views[path], state.get(p, {})
-            if not all(map(is_, map(shown.get, views), views.values())):
+    def shown_in(self, alive: set[int]) -> bool:
+        """Whether the optimizer's state, of whose dicts `alive` has the ids, still holds the views of this unit."""
+        for path, shown in self.shown.items():
+            views = self.views[path]
+            if id(shown) not in alive or len(shown) < len(views) or not all(map(is_, shown.values(), views.values())):
                 return False
         return True
 
