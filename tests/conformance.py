@@ -20,14 +20,19 @@ import oracles
 import torch
 
 import hbfunc
+import hbfunc.random
 import hbfunc.testing
 from hbfunc.testing import Arrays, Case, Oracle
+from hbfunc.transforms.psgd import probe
+from hbfunc.transforms.psgd import refresh_schedule as psgd_schedule
+from hbfunc.transforms.soap import refresh_schedule as soap_schedule
 
 
 class Row(NamedTuple):
     """name: of the test. factory(**kwargs): the Transform. oracle: the name of one in tests/oracles.py, by default that
-    of the factory, or a function, or None. numbers: the hyperparameters that are in state["hyper"]. params: parameters
-    other than `hbfunc.testing.example`. without: properties that do not hold, each with the reason.
+    of the factory, or a function, or None. numbers: the hyperparameters in state["hyper"] (unless they are schedules).
+    params: shapes, in place of those of `hbfunc.testing.example`. extras: as in `hbfunc.testing.check`. without:
+    properties that do not hold, each with the reason.
     """
 
     name: str
@@ -37,19 +42,20 @@ class Row(NamedTuple):
     oracle_kwargs: Mapping[str, Any] = {}
     numbers: tuple[str, ...] = ()
     params: Mapping[str, tuple[int, ...]] | None = None
-    host_extras: Callable[[int], Mapping[str, Any]] | None = None
+    extras: Callable[[int], Mapping[str, Any]] | None = None
     without: Mapping[str, str] = {}
 
     def case(self) -> Case:
         params = None if self.params is None else {k: _filled(k, shape) for k, shape in self.params.items()}
         transform = self.factory(**self.kwargs)
-        return hbfunc.testing.case(transform, params, oracle=self._oracle(), host_extras=self.host_extras)
+        return hbfunc.testing.case(transform, params, oracle=self._oracle(), extras=self.extras)
 
     def _oracle(self) -> Oracle | None:
         if self.oracle is None:
             return None
         fn = getattr(oracles, self.oracle or self.factory.__name__) if isinstance(self.oracle, str) else self.oracle
-        return functools.partial(fn, **{**self.kwargs, **self.oracle_kwargs})
+        known = {k: v for k, v in self.kwargs.items() if k not in ("orthogonalizer", "stop_gradient")}
+        return functools.partial(fn, **{**known, **self.oracle_kwargs})
 
 
 def _filled(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -99,7 +105,6 @@ MANY: dict[str, Any] = {
     "update_clipping": "trust_region_clip_",
 }
 
-
 SHARED = ("lr", "beta1", "beta2", "eps", "weight_decay", "mars_gamma", "beta2_scale")
 
 
@@ -111,7 +116,7 @@ def first_order(factory: Callable[..., hbfunc.Transform], *more: str, **also: An
         **OPTIONS,
         "palm": {"palm": True},
         "numbers": {"lr": 0.03, "betas": (0.5, 0.8), "eps": 0.4, **also},
-        "schedule": {"kwargs": {"lr": lambda t: 0.1 / t**0.5, "warmup_steps": 3}, "numbers": numbers[1:]},
+        "schedule": {"lr": lambda t: 0.1 / t**0.5, "warmup_steps": 3},
         "combined": several,
         "bfloat16": {"kwargs": BFLOAT16, "oracle": None, "without": STOCHASTIC},
     }
@@ -178,6 +183,10 @@ def _with_step(*rules: hbfunc.Transform, lr: Any) -> hbfunc.Transform:
     return hbfunc.chain(*rules, hbfunc.scale_by_learning_rate(lr))
 
 
+MATRICES = {"tall": (5, 3), "kernel": (3, 2, 2), "bias": (3,)}
+# Square blocks, where SOAP's first covariance has full rank. Merged, they share a bucket.
+SQUARE = {"weight": (4, 4), "kernel": (4, 2, 2), "bias": (3,)}
+
 COMBINATORS = [
     Row(
         "heavyball_momentum",
@@ -210,6 +219,13 @@ COMBINATORS = [
         numbers=("lr", "beta"),
     ),
     Row("apply_if_finite", lambda **kw: hbfunc.apply_if_finite(hbfunc.adamw(**kw)), {"lr": 0.1}, "adamw"),
+    Row(
+        "apply_to_finite_leaves",
+        lambda **kw: hbfunc.apply_to_finite_leaves(hbfunc.soap(**kw)),
+        {"lr": 0.1},
+        "soap",
+        params=SQUARE,
+    ),
     Row("with_ema", lambda **kw: hbfunc.with_ema(hbfunc.adamw(**kw), 0.9), {"lr": 0.1}, "adamw"),
     Row(
         "accumulate",
@@ -231,6 +247,138 @@ COMBINATORS = [
     ),
 ]
 
+# -- matrices -------------------------------------------------------------------------------------------------------
+
+# What the recipes of matrices share with the first-order ones, and take from the same code.
+AROUND: dict[str, dict[str, Any]] = {
+    "decay": {"weight_decay": 0.1, "warmup_steps": 5},
+    "mars": {"mars": True, "mars_gamma": 0.3},
+    "caution": {"caution": True, "caution_scaling": False},
+    "clipping": {"gradient_clipping": "a_law_compress", "update_clipping": "l2_clip_", "lr": lambda t: 0.1 / t**0.5},
+}
+
+
+def muon(factory: Callable[..., hbfunc.Transform], **more: dict[str, Any]) -> list[Row]:
+    """The rows of `muon` and `muon_laprop`. more: further sets of options."""
+    options: dict[str, dict[str, Any]] = {
+        "": {"kwargs": {}, "params": {**MATRICES, "another": (5, 3), "scale": ()}},
+        **AROUND,
+        "numbers": {"lr": 0.03, "betas": (0.5, 0.8), "eps": 0.4},
+        "combined": {**MANY, "betas": (0.7, 0.8), "eps": 0.4},
+        "polar_express": {
+            "kwargs": {"orthogonalizer": "polar_express"},
+            "oracle_kwargs": {"orthogonalize": oracles.polar_express},
+        },
+        "svd": {
+            "kwargs": {"orthogonalizer": "svd"},
+            "oracle_kwargs": {"orthogonalize": oracles.polar},
+            # LaProp's first update is a matrix of signs. Here it has full rank, and one polar factor.
+            "params": {"tall": (5, 3), "bias": (3,)},
+        },
+        "bfloat16": {"kwargs": BFLOAT16, "oracle": None, "without": STOCHASTIC},
+        **more,
+    }
+    given = {"orthogonalize": oracles.newtonschulz}
+    return rows(factory, options, params=MATRICES, oracle_kwargs=given, numbers=SHARED)
+
+
+def soap() -> list[Row]:
+    numbers = (*SHARED, "shampoo_beta")
+    drawn: dict[str, Any] = {"use_precond_schedule": True, "precond_scheduler": (3.0, 9.0), "seed": 5}
+    schedule = soap_schedule(**drawn)
+    options: dict[str, dict[str, Any]] = {
+        "": {"kwargs": {}, "params": {**SQUARE, "scale": ()}},
+        **AROUND,
+        "numbers": {"lr": 0.03, "betas": (0.5, 0.8), "eps": 0.02, "shampoo_beta": 0.7},
+        "combined": {**MANY, "betas": (0.7, 0.8), "shampoo_beta": 0.8, "palm": True, "beta2_scale": 0.6},
+        "palm": {"palm": True},
+        "precondition_frequency": {"precondition_frequency": 3},
+        "frequency-in-the-state": {
+            "kwargs": {"precondition_frequency": torch.tensor(3)},
+            "oracle_kwargs": {"precondition_frequency": 3},
+            "numbers": (*numbers, "precondition_frequency"),
+        },
+        "drawn": {"kwargs": drawn, "oracle_kwargs": {"due": lambda t: schedule(t) is True}},
+        "max_precond_dim": {"max_precond_dim": 3},
+        "unmerged": {"merge_dims": False},
+        "split": {"split": True, "max_precond_dim": 2},
+        "channels_last": {"kwargs": {"data_format": "channels_last"}, "params": {"conv": (4, 2, 1, 2), "bias": (3,)}},
+        "precondition_1d": {
+            "kwargs": {"precondition_1d": True},
+            "oracle": None,
+            "without": {
+                "matches_the_oracle": "the null space of a vector's first covariance is arbitrary: see test_soap.py",
+                "differentiates": "a covariance of rank one has no derivative",
+            },
+        },
+        "normalize_grads": {"normalize_grads": True},
+        "plain-betas": {"correct_bias": False},
+        "laprop": {"inner": "laprop"},
+        "stop_gradient": {
+            "kwargs": {"stop_gradient": True},
+            "without": {"differentiates": "leaves out the derivative by way of the bases, on purpose"},
+        },
+    }
+    return rows(hbfunc.soap, options, params=SQUARE, numbers=numbers)
+
+
+def psgd() -> list[Row]:
+    numbers = ("lr", "beta", "weight_decay", "mars_gamma", "precond_init_scale", "precond_lr")
+    probability = "preconditioner_update_probability"
+    options: dict[str, dict[str, Any]] = {
+        "": {"kwargs": {}, "params": {**MATRICES, "another": (5, 3), "scale": ()}},
+        "numbers": {"lr": 0.03, "beta": 0.6, "precond_lr": 0.3, "precond_init_scale": 2.0},
+        "schedule": {"lr": lambda t: 0.1 / t**0.5},
+        "combined": {**MANY, "beta": 0.7, "caution_scaling": False},
+        "probability": {"kwargs": {probability: 0.5, "seed": 2}, "numbers": (*numbers, probability)},
+        "probability-of-t": {probability: lambda t: 1 / t**0.5},
+        "deterministic": {probability: lambda t: 0.4 + 0 * t, "stochastic_schedule": False},
+        "max_size_triangular": {"max_size_triangular": 3},
+        "min_ndim_triangular": {"min_ndim_triangular": 3},
+        "one_diag": {"memory_save_mode": "one_diag"},
+        "all_diag": {"memory_save_mode": "all_diag"},
+        "fit-on-gradients": {"momentum_into_precond_update": False},
+        "merge_dims": {"kwargs": {"merge_dims": True}, "params": MATRICES},
+        "split": {"split": True, "max_size_triangular": 2},
+        "unpacked": {"store_triu_as_line": False},
+        "delayed": {"delayed": True},
+        "cached": {"cached": True},
+        "delayed-cached": {"delayed": True, "cached": True},
+        "pure": {"exp_avg_input": False},
+        "bfloat16": {"kwargs": BFLOAT16, "oracle": None, "without": STOCHASTIC},
+        "q_dtype": {"kwargs": {"q_dtype": "bfloat16"}, "oracle": None, "without": STOCHASTIC},
+        "curvature": {
+            "kwargs": {"curvature": True},
+            "oracle": None,
+            "extras": lambda t: {"curvature": quadratic},
+            "without": {"matches_the_oracle": "the oracle is fitted on gradients: see test_psgd.py"},
+        },
+    }
+    small = {"weight": (4, 3), "bias": (3,)}
+    return rows(hbfunc.psgd_kron, options, params=small, oracle=psgd_oracle, numbers=numbers)
+
+
+def psgd_oracle(params: Arrays, grads: list[Arrays], **options: Any) -> list[Arrays]:
+    """The oracle with the library's random draws."""
+    options = {**options}
+    if options.get("stochastic_schedule", True):
+        names = ("preconditioner_update_probability", "seed")
+        options["due"] = psgd_schedule(**{k: options[k] for k in names if k in options}, dtype=torch.float64)
+    key = hbfunc.random.key(options.get("seed", 0))
+
+    def probes(t: int, path: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        v = probe(key, t, path, shape, torch.float64).numpy()
+        return v, v
+
+    return oracles.psgd_kron(params, grads, probes=probes, **options)
+
+
+def quadratic(v: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """H v, with H diagonal: 1, 2, 3, ... along each leaf."""
+    index = {k: torch.arange(1, x.numel() + 1, dtype=x.dtype, device=x.device) for k, x in v.items()}
+    return {k: x * index[k].reshape(x.shape) for k, x in v.items()}
+
+
 # -- the table ------------------------------------------------------------------------------------------------------
 
 TABLE: list[Row] = [
@@ -241,4 +389,8 @@ TABLE: list[Row] = [
     *first_order(hbfunc.sfadamw, "r", "weight_lr_power", r=0.5, weight_lr_power=1.5),
     Row("adamw-combined-bfloat16", hbfunc.adamw, {**MANY, **BFLOAT16}, None, numbers=SHARED, without=STOCHASTIC),
     *COMBINATORS,
+    *muon(hbfunc.muon, heavyball={"nesterov": False}, qr={"orthogonalizer": "qr"}),
+    *muon(hbfunc.muon_laprop, palm={"palm": True, "beta2_scale": 0.4}),
+    *soap(),
+    *psgd(),
 ]
