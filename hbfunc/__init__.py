@@ -1,6 +1,6 @@
 """hbfunc: HeavyBall's documented optimizers as pure, functional transforms and as drop-in torch.optim classes."""
 
-from hbfunc import random, utils
+from hbfunc import chainable, random, utils
 from hbfunc.combinators import (
     accumulate,
     caution,
@@ -120,6 +120,7 @@ __all__ = [
     "caution",
     "cautious",
     "chain",
+    "chainable",
     "clip_by",
     "exp_avg",
     "heavyball_momentum",

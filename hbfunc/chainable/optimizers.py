@@ -1,0 +1,242 @@
+"""Optimizers made of functions in the documented style, and `chain`, which runs such functions by hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc import utils
+from hbfunc.chainable.guards import Group, SkipUpdate, entries_of
+from hbfunc.chainable.lift import Program, Run, joined, known_first, late, settled, split
+from hbfunc.chainable.parts import Function, parts_of
+from hbfunc.chainable.rules import Face, Schedule, ScheduleFreeFace, agreeing, decayed, ending, palm_beta2
+from hbfunc.combinators import with_hyperparameters
+from hbfunc.optim.first_order import TrainEval
+from hbfunc.optim.shim import StatefulOptimizer, trainable, use_default
+from hbfunc.optim.unit import Refresh, Unit
+from hbfunc.precision import round_to_parameters, with_storage
+from hbfunc.recipes.common import before
+from hbfunc.schedules import warmup
+from hbfunc.transform import Transform
+from hbfunc.transform import chain as chain_
+from hbfunc.transforms import steps
+from hbfunc.transforms.clipping import clip_by
+
+str_or_fn = str | Callable[..., Any] | None
+
+
+def chain(state: Any, group: Group, grad: list[Tensor], param: list[Tensor], *fns: Function) -> None:
+    """Run the functions on clones of the gradients, then step `param` in place, with the group's lr, weight_decay and
+    caution. A function that returns None ends the step there.
+
+    state: a function from a parameter to its dict, or a dict of such dicts.
+    """
+
+    def held(p: Tensor) -> dict[str, Any]:
+        return entries_of(state, p)
+
+    update: Any = [g.clone() for g in grad]
+    skipped = [False] * len(param)
+    holds_first = False
+    for part in parts_of(fns):
+        holds_first |= part.face is not None and part.face.holds_first
+        try:
+            update = part.function(part.spaced(held), group, update, grad, param)
+        except SkipUpdate as skip:
+            update = skip.update or update
+            flags = skip.skipped or [True] * len(param)
+            skipped = [bool(a or b) for a, b in zip(skipped, flags, strict=True)]
+        if update is None:
+            return
+    ready = [i for i, skip in enumerate(skipped) if not skip]
+    if ready:
+        moved, grads, params = ([tensors[i] for i in ready] for tensors in (update, grad, param))
+        _step.move(_step.transform(group, holds_first=holds_first), held, moved, grads, params)
+
+
+@Face
+def _step(group: Group, holds_first: bool) -> Transform:
+    """What `chain` ends in."""
+    return chain_(*ending(group, holds_first))
+
+
+class ChainOpt(StatefulOptimizer):
+    """An optimizer made of functions in the documented style, called in order.
+
+    defaults: hyperparameters, with "lr". The step around the functions, and its options, are those of all recipes:
+    warmup_steps, weight_decay, mars, mars_gamma, caution, storage_dtype, gradient_clipping, update_clipping, palm, each
+    of them optional. Functions see the numbers of their group as 0-dim tensors, so that schedulers recompile nothing.
+
+    A function that torch.compile cannot record, because it asks for `.item()`, say, makes the optimizer go on without
+    compilation, with a warning; `compile_step=False` does so at once. `print` and the like are then seen at every step,
+    not only while the graph is recorded.
+    """
+
+    fns: tuple[Function, ...] = ()
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], foreach: bool, *fns: Function, seed: int | None = None
+    ) -> None:
+        self.fns = fns
+        names = ", ".join(part.name for part in parts_of(fns))
+        # A subclass that passes its locals() on has an entry that is no option.
+        options = {k: v for k, v in defaults.items() if k != "__class__"}
+        super().__init__(params, {**_DEFAULTS, **options, "rule": f"chain({names})"}, foreach, seed=seed)
+
+    def functions(self, group: dict[str, Any]) -> tuple[Function, ...]:
+        """Those of a param group."""
+        return (palm_beta2, *self.fns) if group.get("palm") else self.fns
+
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What the functions and the step around them know of a param group, and the settings of `hbfunc.utils`."""
+        settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
+        return {**settings, **{k: v for k, v in group.items() if k not in _NO_OPTIONS}}
+
+    def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
+        numbers, choices = split(self.options(group))
+        kinds = {k: v if callable(v) and not isinstance(v, Tensor) else "number" for k, v in numbers.items()}
+        return tuple(map(id, trainable(group))), group["foreach"], kinds, choices
+
+    def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
+        return super().hyperparameter(group, name) if "betas" in group else group[name]
+
+    def transform(self, group: dict[str, Any]) -> Transform:
+        """The chain of a param group: what comes before the functions, these, and the step."""
+        if "lr" not in group:
+            raise ValueError("defaults have no 'lr': expected the learning rate of the step after the functions")
+        numbers, choices = split(self.options(group))
+        program = Program(self.functions(group), choices)
+
+        def rule(**numbers: Any) -> Transform:
+            full = joined(choices, numbers, "betas" in group)
+            full["lr"] = warmup(full["lr"], full["warmup_steps"])
+            run = Run(full)
+            end = partial(_ending, run)
+            beta1 = full["betas"][0] if "betas" in full else full.get("beta", 0.9)
+            clip = full.get("update_clipping")
+            parts = [
+                *before(full["mars"], full["mars_gamma"], beta1, full.get("gradient_clipping")),
+                *program.elements(run, end),
+                *([] if clip is None else [clip_by(clip, "update_clipping")]),
+                *end(program.last, program.holds_first),
+                *([] if program.plain else [settled(run)]),
+                round_to_parameters(full["seed"]),
+            ]
+            whole = program.whole(run, chain_(*parts))
+            return with_storage(whole, full["storage_dtype"], full["seed"])
+
+        return with_hyperparameters(rule, **numbers)
+
+    def refresh(self, group: dict[str, Any], unit: Unit) -> Refresh | None:
+        """What the host knows of a step: when SOAP or PSGD is due, and for functions with state, which is the first."""
+        faces = [(part.face, part.options) for part in parts_of(self.functions(group)) if part.face is not None]
+        scheduled = [(face.schedule, options) for face, options in faces if face.schedule is not None]
+        read = {k: group.get(k) for schedule, _ in scheduled for k in schedule.reads}
+        if unit.schedule is None or unit.schedule[0] != read:
+            found = self._refresh(group, unit, scheduled)
+            if found is None:
+                return None
+            unit.schedule = read, found
+        return unit.schedule[1]
+
+    def _refresh(
+        self, group: dict[str, Any], unit: Unit, scheduled: list[tuple[Schedule, dict[str, Any]]]
+    ) -> Refresh | None:
+        entries = {place[-2] for place in unit.tensors if "functions" in place[:-2]}
+        known = known_first(parts_of(self.functions(group)), entries)
+        if not scheduled:
+            return None if known else lambda t: "first" if t == 1 else False
+        (schedule, options), *others = scheduled
+        if others or not (known or schedule.says_first):
+            return None
+        keys = (x for place, x in unit.tensors.items() if place[-1] == "key" and place[-2].startswith("scale_by"))
+        double = any(p.dtype == torch.float64 for p in group["params"])
+        return schedule.make(group, key=next(keys, None), dtype=torch.float64 if double else torch.float32, **options)
+
+    def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None) -> None:
+        try:
+            super().advance(unit, decision, products)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            names = [part.name for part in parts_of(self.fns) if part.own]
+            if not names:
+                raise
+            warnings.warn(
+                f"torch.compile cannot record {', '.join(names)}: the steps go on without compilation, which "
+                f"compile_step=False asks for from the start. {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            self.compile_step = False
+            super().advance(unit, decision, products)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fns": self.fns, "compile_step": self.compile_step, "promote": self.promote}
+
+
+_DEFAULTS = {
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "mars": False,
+    "mars_gamma": 0.0025,
+    "caution": False,
+    "beta2_scale": 0.8,
+    "storage_dtype": "float32",
+}
+_NO_OPTIONS = ("params", "param_names", "rule", "foreach", "train_mode", "palm")
+
+
+def _ending(run: Run, face: Face | None, holds_first: bool | None = None) -> list[Transform]:
+    """From the update of the functions, or of `face`, to the change of the parameters."""
+    hold = holds_first if holds_first is not None else face is not None and face.holds_first
+    scheduled = callable(run.group["lr"])
+
+    def by_rate(group: Group) -> Transform:
+        lr = group["lr"]  # a function of the chain may have put a number in the place of a schedule
+        return steps.scale_by_learning_rate(lr if callable(lr) or not scheduled else lambda t: lr)
+
+    agree = [late(run, lambda group: chain_(*agreeing(group), name="caution"))] if run.group["caution"] else []
+    step = late(run, face.transform if isinstance(face, ScheduleFreeFace) else by_rate)
+    return [*agree, late(run, lambda group: decayed(group, hold)), step]
+
+
+class BaseOpt(ChainOpt):
+    """A ChainOpt with clipping before and after the functions, and PaLM's beta2.
+
+    gradient_clipping, update_clipping: a documented name, a function of a list of tensors, None, or `use_default` for
+    the class attribute. palm: the functions see `palm_beta2`'s betas.
+    compile_step: whether the step is compiled, as `utils.compile_mode` says. promote: changes nothing, gradients are
+    float32 at least in any case. auto_fuse: neither; update_by_* and scale_by_* give the same numbers.
+    Raises ValueError without functions.
+    """
+
+    auto_fuse: bool = True
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        foreach: bool,
+        gradient_clipping: Any,
+        update_clipping: Any,
+        palm: Any = use_default,
+        *fns: Function,
+        compile_step: Any = use_default,
+        promote: Any = use_default,
+        seed: int | None = None,
+    ) -> None:
+        if not fns:
+            raise ValueError("expected at least one function after palm; for plain gradient descent, use ChainOpt")
+        self.compile_step = self._resolved("compile_step", compile_step)
+        self.promote = self._resolved("promote", promote)
+        options = {"gradient_clipping": gradient_clipping, "update_clipping": update_clipping, "palm": palm}
+        super().__init__(params, {**defaults, **options}, foreach, *fns, seed=seed)
+
+
+class ScheduleFree(TrainEval, BaseOpt):
+    """A BaseOpt whose last function is `update_by_schedule_free`: `eval()` puts the parameters at the average x, to
+    evaluate and save the model; `train()` back at y, where gradients are taken."""
