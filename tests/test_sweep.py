@@ -226,6 +226,20 @@ def test_a_new_value_in_any_lane_compiles_nothing():
     assert all((p[0] != q[0]).any() for p, q in zip(lanes["params"].values(), before["params"].values(), strict=True))
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_built_inside_the_graph(name):
+    params, batches = network()
+    columns = {"lr": [1e-3, 1e-2], "beta1": [0.8, 0.9], "weight_decay": [0.0, 0.1], "seed": [0, 1]}
+    lanes = sweep.init(RECIPES[name], params, columns)
+    step = sweep.make_step(loss_fn, RECIPES[name])
+    counter = Counter()
+    want, _ = sweep.vectorize(step)(lanes, batches[0], refresh=True)
+    got, _ = sweep.vectorize(step, compile=counter.compile)(lanes, batches[0], refresh=True)
+    assert counter.graphs == 1
+    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("chunk", [4, 10])
 def test_chunks_share_one_graph(chunk):
     """The last chunk is padded with its own lanes, and the padding is dropped."""

@@ -48,15 +48,19 @@ def soap(
     PaLM's t counts the updates of the inner rule. `precondition_frequency` is a hyperparameter in the state when it is
     a tensor. The other options, and `refresh=`, are described in `scale_by_soap`.
     """
-    options = dict(locals())
-    choices = {k: options.pop(k) for k in _CHOICES}
-    options["shampoo_beta"] = number("shampoo_beta", shampoo_beta)
+    return _recipe(locals())
+
+
+def _recipe(arguments: dict[str, Any]) -> Transform:
+    """Apart from `soap`: torch.compile reads locals() only in a function that shares no variable with a closure."""
+    choices = {k: arguments[k] for k in (*_CHOICES, "seed")}
+    options = {k: v for k, v in arguments.items() if k not in _CHOICES}
+    options["shampoo_beta"] = number("shampoo_beta", options["shampoo_beta"])
 
     def rule(
         beta1: Number, beta2: Number, eps: Any, shampoo_beta: Number, precondition_frequency: int | Tensor
     ) -> Transform:
-        frequency = precondition_frequency
-        return scale_by_soap(beta1, beta2, shampoo_beta, eps, precondition_frequency=frequency, seed=seed, **choices)
+        return scale_by_soap(beta1, beta2, shampoo_beta, eps, precondition_frequency=precondition_frequency, **choices)
 
     return around(rule, hold_first=True, **options)
 
