@@ -1,6 +1,6 @@
 """hbfunc: HeavyBall's documented optimizers as pure, functional transforms and as drop-in torch.optim classes."""
 
-from hbfunc import chainable, random, utils
+from hbfunc import chainable, convert, random, utils
 from hbfunc.combinators import (
     accumulate,
     caution,
@@ -66,6 +66,7 @@ from hbfunc.transforms.clipping import (
 )
 from hbfunc.transforms.momentum import exp_avg, heavyball_momentum, nesterov_momentum
 from hbfunc.transforms.orthogonal import orthogonalize
+from hbfunc.transforms.psgd import scale_by_psgd
 from hbfunc.transforms.schedule_free import schedule_free, schedule_free_eval_params, schedule_free_train_params
 from hbfunc.transforms.soap import scale_by_soap
 from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
@@ -122,6 +123,7 @@ __all__ = [
     "chain",
     "chainable",
     "clip_by",
+    "convert",
     "exp_avg",
     "heavyball_momentum",
     "identity",
@@ -148,6 +150,7 @@ __all__ = [
     "scale_by_exp_avg_sq",
     "scale_by_laprop",
     "scale_by_learning_rate",
+    "scale_by_psgd",
     "scale_by_soap",
     "schedule_free",
     "schedule_free_eval_params",
