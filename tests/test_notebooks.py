@@ -39,7 +39,7 @@ def execute(name: str, folder: Path) -> nbformat.NotebookNode:
     environment |= {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder / "ipython")}
     notebook = read(name)
     client = NotebookClient(notebook, km=kernel, timeout=300, record_timing=False, coalesce_streams=True)
-    client.execute(cwd=str(folder), env=environment)
+    client.execute(cwd=str(folder), env=environment, cleanup_kc=True)
     notebook.metadata.language_info = {"name": "python"}  # without the version
     return notebook
 
@@ -90,7 +90,7 @@ def smaller(png: str) -> str:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
