@@ -23,7 +23,7 @@ Entries = dict[str, Any]
 
 
 class _Rule(NamedTuple):
-    """How HeavyBall names a rule's state, less the number of the function in its chain, and what it is called here."""
+    """HeavyBall's names for a rule's state, less the number of the function in its chain, and ours."""
 
     optimizer: type[optim.StatefulOptimizer]
     names: dict[str, str]  # HeavyBall's -> ours
@@ -42,8 +42,8 @@ def from_heavyball(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict for `load_state_dict` of the class here, from one of HeavyBall 3.2.1.
 
     Converted: AdamW, LaProp, ADOPT, RMSprop and SFAdamW in train mode, float32 or bfloat16 state, their options and
-    learning rates included; the next step is the one that HeavyBall would have taken (within a warmup, whose ramp is one
-    step apart, nearly). Groups keep their order.
+    learning rates included; the next step is the one that HeavyBall would have taken (within a warmup, whose ramp is
+    one step apart, nearly). Groups keep their order.
 
     Raises ValueError for what does not map: Muon, SOAP and PSGD-Kron, whose averages and bases follow other rules there
     (start those afresh from the parameters), MARS (whose previous gradient is kept in another form), compressed (`ecc`)

@@ -114,7 +114,7 @@ def transform(
     needs: tuple[str, ...] = (),
     layout: Callable[[Flat], Layout] | None = None,
 ) -> Transform:
-    """A Transform over any tree, from functions over `Leaves`. Inside a chain, where trees are flat, it costs nothing."""
+    """A Transform over any tree, from functions over `Leaves`. Inside a chain, where trees are flat, it is free."""
 
     def init_tree(params: Tree) -> State:
         return init(flat_params(params)[0])

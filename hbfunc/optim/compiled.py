@@ -58,8 +58,8 @@ def in_place_step(
 
 
 def _write(old: Tensor, new: Tensor) -> None:
-    """old.copy_(new). torch 2.13 compiles that away, without an error, where `old` is a 0-dim float64 input of the graph:
-    dynamo takes it for a Python float, and starts anew. Seen as a vector, it is written."""
+    """old.copy_(new). torch 2.13 compiles that away, without an error, where `old` is a 0-dim float64 input of the
+    graph: dynamo takes it for a Python float, and starts anew. Seen as a vector, it is written."""
     if old.ndim == 0 and old.dtype == torch.float64:
         old, new = old.view(1), new.reshape(1)
     old.copy_(new)
