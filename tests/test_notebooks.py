@@ -90,7 +90,8 @@ def smaller(png: str) -> str:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
