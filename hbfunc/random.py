@@ -15,6 +15,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Rando
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -88,20 +89,24 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
 
     Computed in at least float32, then rounded to dtype.
     """
-    return normal_each(key.unsqueeze(0), [math.prod(shape)], dtype)[0].reshape(shape)
+    return normal_each(key.unsqueeze(0), [(1, math.prod(shape))], dtype)[0].reshape(shape)
 
 
-def normal_each(keys: Tensor, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """normal(keys[i], (sizes[i],), dtype) for each row of `keys`, int64 [n, 2], by one generator for all."""
+def normal_each(keys: Tensor, groups: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """normal(key, (size,), dtype) for each row of `keys`, int64 [n, 2], by one generator for all.
+
+    groups: pairs (k, size): the next k keys draw `size` numbers each, together a tensor [k, size].
+    """
     wide = torch.promote_types(dtype, torch.float32)
-    blocks = [-(-size // _per_block(wide)) for size in sizes]
-    u = _uniforms(_blocks_each(keys, blocks), wide)
+    blocks = [(k, -(-size // _per_block(wide))) for k, size in groups]
+    u = _uniforms(_blocks_each(keys, [n for k, n in blocks for _ in range(k)]), wide)
     parts = []
     for u1, u2 in zip(u[::2], u[1::2], strict=True):
         radius, angle = (-2 * torch.log1p(-u1)).sqrt(), 2 * math.pi * u2
         parts += [radius * angle.cos(), radius * angle.sin()]
-    drawn = torch.stack(parts, -1).to(dtype).split(blocks)
-    return [x.reshape(-1)[:size] for x, size in zip(drawn, sizes, strict=True)]
+    drawn = torch.stack(parts, -1).to(dtype).split([k * n for k, n in blocks])
+    shapes = [(k, n * len(parts)) for k, n in blocks]
+    return [x.reshape(shape)[:, :size] for x, shape, (_, size) in zip(drawn, shapes, groups, strict=True)]
 
 
 def rademacher(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -178,8 +183,14 @@ def _blocks(key: Tensor, count: int) -> tuple[Word, Word, Word, Word]:
 
 def _blocks_each(keys: Tensor, counts: Sequence[int]) -> tuple[Word, Word, Word, Word]:
     """The first blocks of each key in int64 [n, 2], as many as its count says, one key after the other."""
-    index = torch.cat([torch.arange(n, dtype=torch.int64, device=keys.device) for n in counts])
-    rows = [torch.cat([k.expand(n) for k, n in zip(column.unbind(), counts, strict=True)]) for column in keys.unbind(1)]
+    runs = [(len(list(run)), n) for n, run in itertools.groupby(counts)]  # a graph grows with these, not with the keys
+    index = torch.cat(
+        [torch.arange(n, dtype=torch.int64, device=keys.device).expand(k, n).reshape(-1) for k, n in runs]
+    )
+    parts = keys.split([k for k, _ in runs])
+    rows = [
+        torch.cat([x[:, i : i + 1].expand(r).reshape(-1) for x, r in zip(parts, runs, strict=True)]) for i in (0, 1)
+    ]
     return philox((index & _MASK, index >> 32, 0, _DRAW), (rows[0], rows[1]))
 
 

@@ -227,6 +227,8 @@ def test_stochastic_round_derivative_is_straight_through_and_changes_no_bits():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_normals_of_many_keys_are_those_of_each(dtype):
     keys = torch.stack([random.key(seed) for seed in range(4)])
-    sizes = [5, 1, 0, 8]
-    drawn = random.normal_each(keys, sizes, dtype)
-    assert all(torch.equal(x, random.normal(k, (n,), dtype)) for x, k, n in zip(drawn, keys, sizes, strict=True))
+    drawn = random.normal_each(keys, [(1, 5), (2, 7), (1, 0)], dtype)
+    assert [tuple(x.shape) for x in drawn] == [(1, 5), (2, 7), (1, 0)]
+    rows = [row for group in drawn for row in group]
+    for x, k in zip(rows, keys, strict=True):
+        assert torch.equal(x, random.normal(k, x.shape, dtype))

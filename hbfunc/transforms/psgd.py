@@ -18,6 +18,7 @@ Li's own code: E of the fit does not change, and with a curvature it makes h = (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -36,7 +37,6 @@ from hbfunc.transform import Flat, Layout, Leaves, State, Transform, check_numbe
 Curvature = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 _BALANCED = 0.01
-_LARGE = 1 << 16
 _REACHED = 1 - 1e-9  # a sum of probabilities this close to the next integer has reached it: ten times 0.1 is 1
 
 
@@ -143,32 +143,45 @@ def scale_by_psgd(
         t = torch.stack([count[path] for path in paths])
         due, progress = (t > 0, {}) if stochastic_schedule else reached(state, t, paths)
         u = _stacks(here, updates)
+        kinds = [(tuple(updates[path].shape), updates[path].dtype) for path in leaves]
+        stacked = [(tuple(x.shape), x.dtype) for x in u.values()]
         old = {n: [_take(state[field][n], f.bucket, updates) for field in f.fields] for n, f in here.items()}
 
         def fit(
             key: Tensor, keys: Tensor, lr: Tensor, t: Tensor, due: Tensor, balanced: Tensor, *stacks: Tensor
-        ) -> list[Tensor]:
-            """All factors, fitted; with refresh=None where due. stacks: of gradients, then of factors."""
-            v = _normals(keys, {path: updates[path] for path in leaves})
+        ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+            """All factors, fitted; with refresh=None where due. stacks: of gradients, then of factors.
+
+            As they are kept, and as matrices, which are those of a fit in all rows.
+            """
             rest = iter(stacks)
-            if curvature is None:
-                g = {n: next(rest) for n in here}
+            g = {} if newton else {n: next(rest) for n in here}
+            stored = _unflatten(rest, here)
+            if split or curvature is not None:
+                drawn = _normals(keys, [((1, *shape), dtype) for shape, dtype in kinds])
+                v = {path: x.squeeze(0) for path, x in zip(leaves, drawn, strict=True)}
+                if curvature is not None:
+                    v, h = _products(curvature, v, params)
+                    g = _stacks(here, h)
+                w = _stacks(here, v)
             else:
-                v, h = _products(curvature, v, params)
-                g = _stacks(here, h)
-            stored, w = _unflatten(rest, here), _stacks(here, v)
+                w = dict(zip(here, _normals(keys, stacked), strict=True))
             rows = zip(*[x.split([len(x) for x in w.values()]) for x in (t, due, balanced)], strict=True)
             flat: list[Tensor] = []
+            matrices: dict[str, list[Tensor]] = {}
             for (n, f), (t_n, due_n, balanced_n) in zip(here.items(), rows, strict=True):
                 qs = kron.fit(f.load(stored[n]), kron.damp(g[n], w[n]), w[n], lr)
                 qs = [_where(balanced_n, b, q) for b, q in zip(kron.balance(qs), qs, strict=True)]
-                fitted = f.store(f.rounded(qs, key, t_n, updates))
+                qs = f.rounded(qs, key, t_n, updates)
+                fitted = f.store(qs)
                 if refresh is None:
                     fitted = [_where(due_n, a, b) for a, b in zip(fitted, stored[n], strict=True)]
                 flat += fitted
-            return flat
+                matrices[n] = [q.to(f.dtype) for q in qs]
+            return flat, matrices
 
         new = old
+        at_hand: dict[str, list[Tensor]] = {}
         if refresh is not False:
             words, keys = _draws(state["key"], t, leaves, count)
             if refresh is None and stochastic_schedule:
@@ -178,10 +191,16 @@ def scale_by_psgd(
             stacks = [*(x.clone() if split else x for x in g.values()), *(q for qs in old.values() for q in qs)]
             lr = torch.as_tensor(precond_lr, dtype=torch.float64, device=t.device)
             operands = [state["key"], keys, lr, t, due, words[:, 1] < _BALANCED, *stacks]
-            flat = fit(*operands) if refresh else branch(due.any(), fit, lambda *x: x[6 + len(g) :], operands)
-            new = _unflatten(flat, here)
-        used = old if delayed else new
-        moved = {n: f.apply(used[n], x) for (n, f), x in zip(here.items(), u.values(), strict=True)}
+            if refresh:
+                flat, at_hand = fit(*operands)
+                new = _unflatten(flat, here)
+            else:
+                chosen = branch(due.any(), lambda *x: fit(*x)[0], lambda *x: x[6 + len(g) :], operands)
+                new = _unflatten(chosen, here)
+        if delayed:
+            moved = {n: f.apply(old[n], u[n]) for n, f in here.items()}
+        else:
+            moved = {n: f.apply(new[n], u[n], at_hand.get(n)) for n, f in here.items()}
 
         fields: dict[str, dict[str, Tensor]] = {}
         for n, f in here.items():
@@ -244,9 +263,11 @@ class Factors(NamedTuple):
         every = zip(stored, self.bucket.shape, self.triangular, strict=False)
         return [(kron.unpack(q, n) if t and self.packed else q).to(self.dtype) for q, n, t in every]
 
-    def apply(self, stored: Sequence[Tensor], x: Tensor) -> Tensor:
-        """kron(Q^T Q) x."""
-        return kron.apply_gram(stored[len(stored) // 2 :], x) if self.cached else kron.apply(self.load(stored), x)
+    def apply(self, stored: Sequence[Tensor], x: Tensor, qs: Sequence[Tensor] | None = None) -> Tensor:
+        """kron(Q^T Q) x. qs: the factors in question, if they are at hand as matrices."""
+        if self.cached:
+            return kron.apply_gram(stored[len(stored) // 2 :], x)
+        return kron.apply(self.load(stored) if qs is None else qs, x)
 
     def rounded(self, qs: Sequence[Tensor], key: Tensor, t: Tensor, leaves: Flat) -> list[Tensor]:
         """The factors in bfloat16, if they are kept so, each row rounded stochastically with its own key."""
@@ -322,18 +343,19 @@ def _draws(key: Tensor, t: Tensor, leaves: Sequence[str] = (), count: Flat | Non
     return keys[: len(t)].to(torch.float64) * 2.0**-32, keys[len(t) :]
 
 
-def _normals(keys: Tensor, like: Flat) -> dict[str, Tensor]:
-    """A normal draw for every key and leaf. All at once: a compiled graph has one generator, not one for each."""
-    groups: dict[tuple[Any, ...], dict[str, Tensor]] = {}
-    for (path, x), key in zip(like.items(), keys.unbind(), strict=True):
-        # Eagerly, where the generator's integers take memory, large leaves come one after the other.
-        alone = path if x.numel() > _LARGE and not torch.compiler.is_compiling() else None
-        groups.setdefault((x.dtype, alone), {})[path] = key
-    v: dict[str, Tensor] = {}
-    for (dtype, _), group in groups.items():
-        drawn = random.normal_each(torch.stack([*group.values()]), [like[path].numel() for path in group], dtype)
-        v.update({path: x.reshape(like[path].shape) for path, x in zip(group, drawn, strict=True)})
-    return v
+def _normals(keys: Tensor, like: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    """For each shape (k, ...) and dtype, draws of the next k keys. A compiled graph has one generator for all."""
+    parts = keys.split([shape[0] for shape, _ in like])
+    together: dict[Any, list[int]] = {}
+    for i, (_, dtype) in enumerate(like):
+        # Eagerly the integers of the generator take memory: one after the other.
+        together.setdefault(dtype if torch.compiler.is_compiling() else i, []).append(i)
+    drawn: dict[int, Tensor] = {}
+    for group in together.values():
+        sizes = [(like[i][0][0], math.prod(like[i][0][1:])) for i in group]
+        rows = random.normal_each(torch.cat([parts[i] for i in group]), sizes, like[group[0]][1])
+        drawn |= {i: x.reshape(like[i][0]) for i, x in zip(group, rows, strict=True)}
+    return [drawn[i] for i in range(len(like))]
 
 
 def _products(
