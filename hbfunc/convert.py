@@ -1,115 +1,228 @@
-"""Checkpoints of other libraries as state dicts of the classes here.
+"""Checkpoints of HeavyBall 3, as state dicts of hbfunc's classes.
 
-    optimizer = hbfunc.AdamW(model.parameters())
-    checkpoint = torch.load("heavyball.pt", weights_only=False)["optimizer"]
-    optimizer.load_state_dict(hbfunc.convert.from_heavyball(checkpoint))
+    state = torch.load("heavyball.pt", weights_only=True)
+    optimizer = hbfunc.SOAP(model.parameters(), ...)          # the class and options of the old optimizer
+    optimizer.load_state_dict(hbfunc.convert.from_heavyball(state, model.parameters()))
 
-HeavyBall's own checkpoints hold Python sets, which is why they need `weights_only=False`; load only files you trust.
+Where both compute the same, a run goes on as it would have: AdamW, RMSprop, LaProp, ADOPT, Schedule-Free AdamW and SOAP
+to rounding (warmup, PaLM's beta2 and MARS differ, see the migration page), Muon with hbfunc's orthogonalisation, and
+PSGD-Kron with hbfunc's fit of the factors, from the factors that were reached.
 """
 
 from __future__ import annotations
 
-import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hbfunc import optim
+from hbfunc import recipes
+from hbfunc.linalg import kron
+from hbfunc.optim.shim import parameters
 from hbfunc.optim.state import per_parameter
-from hbfunc.transform import Leaves
+from hbfunc.transform import Leaves, Transform
 
 Entries = dict[str, Any]
 
 
-class _Rule(NamedTuple):
-    """HeavyBall's names for a rule's state, less the number of the function in its chain, and ours."""
+class Source(NamedTuple):
+    """How the entries of one rule are named there. rule: of the class; None if several classes have such entries."""
 
-    optimizer: type[optim.StatefulOptimizer]
-    names: dict[str, str]  # HeavyBall's -> ours
-
-
-_RULES = (
-    _Rule(optim.ForeachAdamW, {"update_by_adam_exp_avg": "exp_avg", "update_by_adam_exp_avg_sq": "exp_avg_sq"}),
-    _Rule(optim.ForeachLaProp, {"update_by_laprop_exp_avg": "exp_avg", "update_by_laprop_exp_avg_sq": "exp_avg_sq"}),
-    _Rule(optim.ForeachADOPT, {"update_by_adopt_exp_avg": "exp_avg", "update_by_adopt_exp_avg_sq": "exp_avg_sq"}),
-    _Rule(optim.ForeachSFAdamW, {"scale_by_exp_avg_sq_exp_avg_sq": "exp_avg_sq", "update_by_schedule_free_z": "z"}),
-    _Rule(optim.ForeachRMSprop, {"scale_by_exp_avg_sq_exp_avg_sq": "exp_avg_sq"}),
-)
+    recipe: Callable[..., Transform]
+    rule: str | None
+    entries: dict[str, str]  # here -> there
 
 
-def from_heavyball(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict for `load_state_dict` of the class here, from one of HeavyBall 3.2.1.
+_MOMENTS = {"exp_avg": "{}_exp_avg", "exp_avg_sq": "{}_exp_avg_sq"}
 
-    Converted: AdamW, LaProp, ADOPT, RMSprop and SFAdamW in train mode, float32 or bfloat16 state, their options and
-    learning rates included; the next step is the one that HeavyBall would have taken (within a warmup, whose ramp is
-    one step apart, nearly). Groups keep their order.
 
-    Raises ValueError for what does not map: Muon, SOAP and PSGD-Kron, whose averages and bases follow other rules there
-    (start those afresh from the parameters), MARS (whose previous gradient is kept in another form), compressed (`ecc`)
-    state, and Schedule-Free in eval mode.
+def _moments(name: str) -> dict[str, str]:
+    return {k: v.format(name) for k, v in _MOMENTS.items()}
+
+
+# By a function of which every such chain has an entry; the first that matches.
+SOURCES: dict[str, Source] = {
+    "update_by_schedule_free": Source(
+        recipes.sfadamw, "sfadamw", {"z": "update_by_schedule_free_z", "exp_avg_sq": "scale_by_exp_avg_sq_exp_avg_sq"}
+    ),
+    "update_by_adam": Source(recipes.adamw, "adamw", _moments("update_by_adam")),
+    "scale_by_adam": Source(recipes.adamw, "adamw", _moments("scale_by_adam")),
+    "update_by_laprop": Source(recipes.laprop, "laprop", _moments("update_by_laprop")),
+    "scale_by_laprop": Source(recipes.laprop, None, _moments("scale_by_laprop")),
+    "update_by_adopt": Source(recipes.adopt, "adopt", _moments("update_by_adopt")),
+    "scale_by_adopt": Source(recipes.adopt, "adopt", _moments("scale_by_adopt")),
+    "scale_by_soap": Source(recipes.soap, "soap", _moments("scale_by_soap")),
+    **{
+        f"{how}_by_{delayed}psgd": Source(recipes.psgd_kron, "psgd_kron", {"exp_avg": "exp_avg_exp_avg"})
+        for how in ("scale", "update")
+        for delayed in ("", "delayed_")
+    },
+    "scale_by_exp_avg_sq": Source(recipes.rmsprop, "rmsprop", {"exp_avg_sq": "scale_by_exp_avg_sq_exp_avg_sq"}),
+    "nesterov_ema": Source(recipes.muon, "muon", {"momentum": "nesterov_ema_momentum"}),
+    "nesterov_momentum": Source(recipes.muon, "muon", {"momentum": "nesterov_momentum_momentum"}),
+    "heavyball_momentum": Source(recipes.muon, "muon", {"momentum": "heavyball_momentum_momentum"}),
+    "exp_avg": Source(recipes.muon, "muon", {"momentum": "exp_avg_exp_avg"}),
+}
+
+
+def from_heavyball(state_dict: Mapping[str, Any], params: Iterable[Any] | None = None) -> dict[str, Any]:
+    """The state_dict() of a HeavyBall 3 optimizer as one that the class of the same name in hbfunc loads.
+
+    params: the parameters, with or without names, in the order of the optimizer's. Needed if some are not float32, or
+    if SOAP merges dims of some; their shapes are taken from the state otherwise.
+
+    Options that both have come along; those that HeavyBall does not keep in its param groups (clipping functions, PaLM,
+    SOAP's precondition_frequency, PSGD's probability), stay as the hbfunc optimizer was built. Random draws start anew.
+
+    Raises ValueError, naming the entry, for what has no counterpart: other rules, chains of several rules, split
+    parameters, error-corrected state (ecc), state of HeavyBall 2 and before.
     """
-    state: dict[int, dict[str, Tensor]] = {}
-    groups = [_group(group, state_dict["state"], state) for group in state_dict["param_groups"]]
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"state_dict has no {key!r}: expected the state_dict() of a HeavyBall optimizer")
+    if "heavyball" not in state_dict:
+        raise ValueError(
+            "state_dict has no 'heavyball': expected that of HeavyBall 3, not of torch or an older version"
+        )
+    given = None if params is None else [p[1] if isinstance(p, tuple) else p for p in params]
+    state: dict[int, Entries] = {}
+    groups = []
+    for i, group in enumerate(state_dict["param_groups"]):
+        held = {k: _entries(k, state_dict["state"].get(k, {})) for k in group["params"]}
+        held = {k: entries for k, entries in held.items() if entries}
+        source, options = _source(i, held), _options(i, group)
+        if held:
+            leaves = {k: _like(source, k, held[k]) if given is None else given[k] for k in held}
+            together = [leaves] if options.get("foreach", True) else [{k: p} for k, p in leaves.items()]
+            for part in together:
+                state |= _converted(source, options, group, {k: held[k] for k in part}, part)
+        rule = {} if source.rule is None else {"rule": source.rule}
+        groups.append({**options, **rule, "params": list(group["params"])})
     return {"state": state, "param_groups": groups}
 
 
-def _group(group: dict[str, Any], theirs: dict[int, Any], ours: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
-    held = {i: _entries(theirs[i], i) for i in group["params"] if theirs.get(i)}
-    rule = _rule(held)
-    for option in ("mars", "ecc", "param_ecc"):
-        if group.get(option):
-            raise ValueError(f"param_groups: {option}={group[option]!r}: its state does not map, start afresh")
-    if not group.get("train_mode", True):
-        raise ValueError("param_groups: the checkpoint is in eval mode: save it after optimizer.train()")
-    signature = inspect.signature(rule.optimizer).parameters
-    options = {k: v for k, v in group.items() if k in signature and k != "params" and not isinstance(v, Tensor)}
-    options |= {"lr": float(group["lr"]), "foreach": bool(group.get("multi_tensor", True)), "seed": 0}
-    steps = next((int(entries["step"]) for entries in held.values() if "step" in entries), 0)
-    likes = {
-        i: torch.nn.Parameter(torch.zeros_like(entries["exp_avg_sq"], dtype=torch.float32))
-        for i, entries in held.items()
-    }
-    optimizer = rule.optimizer([*likes.values()] or [torch.zeros(0)], **options)
-    made = optimizer.param_groups[0]
-    for i, like in likes.items():
-        transform, path = optimizer.transform(made), str(i)
-        leaves = Leaves({path: like})
-        views = per_parameter(transform.init(leaves), {}, [path])[path]
-        found = {**held[i], "count": torch.tensor(steps), "weight_sum": group.get("weight_sum")}
-        ours[i] = {name: _value(name, view, found) for name, view in views.items()}
-    extra = {k: v for k, v in group.items() if k == "initial_lr"}
-    return {**{k: v for k, v in made.items() if k != "params"}, **extra, "params": list(group["params"])}
+_OPTIONS = (
+    *("lr", "betas", "eps", "weight_decay", "warmup_steps", "storage_dtype", "mars", "caution", "mars_gamma"),
+    *("beta2_scale", "r", "weight_lr_power", "nesterov", "shampoo_beta", "max_precond_dim", "merge_dims", "train_mode"),
+    *("precondition_1d", "split", "max_size_triangular", "min_ndim_triangular", "memory_save_mode", "q_dtype"),
+    *("momentum_into_precond_update", "store_triu_as_line", "delayed", "cached", "exp_avg_input"),
+)
 
 
-def _value(name: str, view: Tensor, found: Entries) -> Tensor:
-    """What HeavyBall knows under the last part of one of our names, else our own fresh value (a key)."""
-    value = found.get(name.rsplit(".", 1)[-1])
-    return view.detach().clone() if value is None else torch.as_tensor(value).to(view.dtype).reshape(view.shape).clone()
+_DIFFERENT = ("ecc", "param_ecc", "cautious_weight_decay", "precond_grad_accum")
 
 
-def _entries(state: dict[Any, Any], index: int) -> Entries:
-    """One parameter's state, its names without the numbers of the functions."""
-    views = [v for v in state.values() if isinstance(v, dict)]
-    if len(views) != 1:
-        raise ValueError(f"state[{index}]: expected HeavyBall's state of one view, got keys {list(state)}")
-    known = {name for rule in _RULES for name in rule.names}
-    entries: Entries = {}
-    for key, value in views[0].items():
-        name = str(key).rstrip("0123456789").removesuffix("_")
-        if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and name != "step" and name not in known):
-            raise ValueError(f"state[{index}] has {key!r}, which does not map: start this optimizer afresh")
-        entries[name] = value
-    return entries
+def _options(index: int, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a param group that both libraries have."""
+    for name in _DIFFERENT:
+        if group.get(name):
+            raise ValueError(f"param_groups[{index}] has {name}={group[name]!r}, which has no counterpart")
+    found = {k: group[k] for k in _OPTIONS if k in group}
+    if "multi_tensor" in group:
+        found["foreach"] = group["multi_tensor"]
+    if "max_size_triangular" in group:  # PSGD has one beta, in either spelling
+        first = group["beta"] if group.get("beta") is not None else found["betas"][0]
+        found = {**{k: v for k, v in found.items() if k != "betas"}, "beta": first}
+    return found
 
 
-def _rule(held: dict[int, Entries]) -> _Rule:
+def _entries(index: int, state: Mapping[Any, Any]) -> Entries:
+    """The entries of a parameter by name, without the number of the function in its chain at the end."""
+    if not all(isinstance(view, Mapping) for view in state.values()):
+        raise ValueError(f"state[{index}] is flat, expected HeavyBall 3's: a dict for each view of the parameter")
+    if len(state) > 1:
+        raise ValueError(f"state[{index}] has {len(state)} parts: split parameters have no counterpart")
+    return {re.sub(r"_\d+$", "", name): x for view in state.values() for name, x in view.items()}
+
+
+def _source(index: int, held: Mapping[int, Entries]) -> Source:
+    """The rule that has left these entries."""
     names = {name for entries in held.values() for name in entries}
-    for rule in _RULES:
-        if names and rule.names.keys() <= names:
-            for entries in held.values():
-                entries.update({mine: entries[name] for name, mine in rule.names.items()})
-            return rule
-    raise ValueError(
-        "the checkpoint is of no optimizer that maps (AdamW, LaProp, ADOPT, RMSprop, SFAdamW), or has no state"
+    for function, source in SOURCES.items():
+        if any(name.startswith(f"{function}_") for name in names):
+            aside = ("mars_mars_old_grad", "step", "is_initialized", "_", f"{function}_")
+            foreign = sorted(n for n in names - set(source.entries.values()) if not n.startswith(aside))
+            if foreign:
+                raise ValueError(f"param_groups[{index}] has the state {foreign}, which has no counterpart")
+            return source
+    if names:
+        raise ValueError(f"param_groups[{index}] has the state {sorted(names)}: no rule of hbfunc leaves such")
+    return Source(recipes.adamw, None, {})
+
+
+def _like(source: Source, index: int, entries: Entries) -> Tensor:
+    """A tensor of the shape of a parameter, from its state."""
+    for name in source.entries.values():
+        if name in entries:
+            shape = entries[name].shape
+            return torch.empty(shape[1:] if source.rule == "soap" else shape)
+    raise ValueError(f"state[{index}] does not tell the shape of the parameter: pass params")
+
+
+def _converted(
+    source: Source,
+    options: Mapping[str, Any],
+    group: Mapping[str, Any],
+    held: Mapping[int, Entries],
+    params: Mapping[int, Tensor],
+) -> dict[int, Entries]:
+    """The entries of parameters as the hbfunc class names and shapes them."""
+    known = parameters(source.recipe)
+    transform = source.recipe(**{k: v for k, v in options.items() if k in known})
+    leaves = Leaves({str(k): torch.zeros_like(p, requires_grad=False) for k, p in params.items()})
+    layout = {} if transform.layout is None else transform.layout(leaves)
+    views = per_parameter(transform.init(leaves), layout, list(leaves))
+    steps = group.get("step_count", next((e["step"] for e in held.values() if "step" in e), None))
+    if steps is None:
+        raise ValueError("param_groups have no 'step_count', expected the number of steps")
+
+    def value(k: int, name: str, view: Tensor) -> Any:
+        if name == "count":
+            return torch.as_tensor(steps)
+        if name == "key":
+            return view
+        if name == "weight_sum":
+            return torch.as_tensor(group.get("weight_sum", 0.0))
+        if name == "previous":
+            return held[k].get("mars_mars_old_grad")
+        kind, _, mode = name.partition("_")
+        if kind in ("Q", "GG", "cache") and mode.isdigit():
+            return _factor(held[k], kind, int(mode), options.get("store_triu_as_line", True))
+        x = held[k].get(source.entries.get(name, ""))
+        return x if name != "momentum" or x is None else _sum_of_gradients(source, x, int(steps), group["betas"][0])
+
+    converted: dict[int, Entries] = {}
+    for k in params:
+        converted[k] = {}
+        for name, view in views[str(k)].items():
+            x = value(k, name.rsplit(".", 1)[-1], view)
+            if x is None or x.numel() != view.numel():
+                got = "nothing" if x is None else f"shape {tuple(x.shape)}"
+                raise ValueError(f"state[{k}]: {name!r} would be {got}, expected shape {tuple(view.shape)}")
+            converted[k][name] = x.detach().reshape(view.shape).to(view.dtype).clone()
+    return converted
+
+
+def _factor(entries: Entries, kind: str, mode: int, packed: bool) -> Tensor | None:
+    """A basis or covariance of SOAP, a factor of PSGD, or its cache; there is a list for all modes."""
+    wanted = "Q" if kind == "cache" else kind
+    factors = next(
+        (x for name, x in entries.items() if re.fullmatch(rf"\w+psgd_{wanted}|\w+soap_{wanted}", name)), None
     )
+    if factors is None or mode >= len(factors):
+        return None
+    shape, x = factors[mode] if isinstance(factors[mode], tuple) else (None, factors[mode])
+    if kind == "cache":
+        full = kron.unpack(x, shape[-1]) if shape is not None and packed else x
+        (x,) = kron.gram([full])
+    return x
+
+
+def _sum_of_gradients(source: Source, x: Tensor, steps: int, beta: float) -> Tensor:
+    """Muon's momentum, which is s <- beta s + g here, and there may be an average: raw, or debiased."""
+    kind = source.entries["momentum"]
+    if kind == "nesterov_ema_momentum":
+        return x / (1 - beta)
+    return x * (1 - beta**steps) / (1 - beta) if kind == "exp_avg_exp_avg" else x
