@@ -1,6 +1,6 @@
 """hbfunc: HeavyBall's documented optimizers as pure, functional transforms and as drop-in torch.optim classes."""
 
-from hbfunc import chainable, convert, random, utils
+from hbfunc import chainable, convert, hypergrad, random, sweep, testing, utils
 from hbfunc.combinators import (
     accumulate,
     caution,
@@ -126,6 +126,7 @@ __all__ = [
     "convert",
     "exp_avg",
     "heavyball_momentum",
+    "hypergrad",
     "identity",
     "l2_clip",
     "laprop",
@@ -158,6 +159,8 @@ __all__ = [
     "sfadamw",
     "soap",
     "stateless",
+    "sweep",
+    "testing",
     "transform",
     "trust_region_clip",
     "utils",
