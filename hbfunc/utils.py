@@ -168,8 +168,8 @@ def hook_optimizer_into_model(
 
 
 def fused_hook(parameters: Iterable[Any], optimizer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """One optimizer over all parameters, stepped in the backward pass: once, when every parameter that requires grad
-    has its gradient, from one backward pass or from several. Do not call step(): it does nothing but warn.
+    """One optimizer over all parameters, stepped by the backward pass: once, at its end, when every parameter that
+    requires grad has its gradient, from one pass or from several. Do not call step(): it does nothing but warn.
 
     parameters: as for the optimizer, with or without names; tied ones count once. A parameter that never gets a
     gradient stops all from moving: leave it out. You are warned when another gets its second gradient meanwhile.
@@ -184,20 +184,24 @@ def fused_hook(parameters: Iterable[Any], optimizer: Callable[..., Any], *args: 
     def ignored(self: Any, closure: Callable[[], Any] | None = None) -> None:
         warnings.warn("step() of a fused optimizer does nothing: it steps in the backward pass", stacklevel=2)
 
+    def step() -> None:
+        fused._opt_called = True  # what schedulers look for
+        type(fused).step(fused)
+        fused.zero_grad()
+        waiting.update(every)
+
     def arrived(p: Tensor) -> None:
-        if p not in waiting and not warned:
+        if p not in waiting and waiting and not warned:
             warned.append(True)
             warnings.warn(
                 f"a parameter got a second gradient before {len(waiting)} others, one of them of shape "
                 f"{tuple(next(iter(waiting)).shape)}, got a first: if they have none, leave them out of fused_hook",
                 stacklevel=2,
             )
+        if waiting == {p}:
+            # After this backward pass: gradients that parameters already have may still grow in it.
+            torch.autograd.Variable._execution_engine.queue_callback(step)
         waiting.discard(p)
-        if not waiting:
-            fused._opt_called = True  # what schedulers look for
-            type(fused).step(fused)
-            fused.zero_grad()
-            waiting.update(every)
 
     fused.step = MethodType(ignored, fused)
     for p in every:

@@ -7,6 +7,7 @@ state in the dicts of the parameters. In an optimizer or a lifted chain the tran
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -190,7 +191,8 @@ def scale_by_laprop(group: Group) -> Transform:
     return adaptive.scale_by_laprop(**_given(group, "beta1", "beta2", "eps"))
 
 
-def _adopt(group: Group) -> Transform:
+@partial(Face, holds_first=True)
+def scale_by_adopt(group: Group) -> Transform:
     """ADOPT, with betas and eps."""
     return adaptive.scale_by_adopt(**_given(group, "beta1", "beta2", "eps"))
 
@@ -218,7 +220,8 @@ def _soap_schedule(group: Group, key: Tensor | None = None, dtype: Any = None, *
     return soap.refresh_schedule(**_given(group, *_SOAP_SCHEDULE, **_soap_options(group, options)), key=key)
 
 
-def _soap(group: Group, **options: Any) -> Transform:
+@partial(Face, holds_first=True, schedule=Schedule(_soap_schedule, _SOAP_SCHEDULE, True))
+def scale_by_soap(group: Group, **options: Any) -> Transform:
     """SOAP, with the options of `hbfunc.soap` that the group has; `inner="laprop"` by keyword."""
     return soap.scale_by_soap(**_given(group, *_SOAP, **_soap_options(group, options)))
 
@@ -254,15 +257,6 @@ def _psgd(name: str, delayed: bool) -> Face:
     return Face(fn, schedule=Schedule(_psgd_schedule, _PSGD_SCHEDULE, False))
 
 
-def _named(fn: Callable[..., Transform], name: str) -> Callable[..., Transform]:
-    fn.__name__ = name
-    return fn
-
-
-scale_by_adopt = Face(_named(_adopt, "scale_by_adopt"), holds_first=True)
-scale_by_soap = Face(
-    _named(_soap, "scale_by_soap"), holds_first=True, schedule=Schedule(_soap_schedule, _SOAP_SCHEDULE, True)
-)
 scale_by_psgd = _psgd("scale_by_psgd", delayed=False)
 scale_by_delayed_psgd = _psgd("scale_by_delayed_psgd", delayed=True)
 update_by_adam = UpdateBy("update_by_adam", scale_by_adam)

@@ -63,6 +63,8 @@ def both_sides(call: Callable[[], T]) -> T:
 
     Raises RuntimeError for too many `if`s, ValueError when the sides of one return different things.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return call()
     return _explored(call, (), [0])
 
 
@@ -101,7 +103,7 @@ def select(condition: Tensor, a: Any, b: Any) -> Any:
 
 def both_sides_in_place(call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     """call(*arguments), for a function that may work in place on its arguments."""
-    if detect_fake_mode() is None and not mapped():
+    if torch.compiler.is_dynamo_compiling() or (detect_fake_mode() is None and not mapped()):
         return call(*arguments)
 
     originals = list(arguments)
@@ -122,7 +124,7 @@ def both_sides_in_place(call: Callable[..., Any], arguments: Sequence[Any]) -> A
 
 def untouched(copy: Tensor) -> bool:
     """Whether nothing was written into a tensor of `clones`. Under torch.vmap one cannot tell."""
-    return not mapped() and copy._version == 0
+    return not (torch.compiler.is_dynamo_compiling() or mapped()) and copy._version == 0
 
 
 def clones(tree: Any) -> Any:
