@@ -185,7 +185,7 @@ def _with_step(*rules: hbfunc.Transform, lr: Any) -> hbfunc.Transform:
 
 MATRICES = {"tall": (5, 3), "kernel": (3, 2, 2), "bias": (3,)}
 # Square blocks, where SOAP's first covariance has full rank. Merged, they share a bucket.
-SQUARE = {"weight": (4, 4), "kernel": (4, 2, 2), "bias": (3,)}
+SQUARE = {"weight": (4, 4), "kernel": (4, 2, 2)}
 
 COMBINATORS = [
     Row(
@@ -249,12 +249,17 @@ COMBINATORS = [
 
 # -- matrices -------------------------------------------------------------------------------------------------------
 
-# What the recipes of matrices share with the first-order ones, and take from the same code.
+# What the recipes of matrices take from the same code as the first-order ones, where each option has a row of its own.
 AROUND: dict[str, dict[str, Any]] = {
-    "decay": {"weight_decay": 0.1, "warmup_steps": 5},
-    "mars": {"mars": True, "mars_gamma": 0.3},
-    "caution": {"caution": True, "caution_scaling": False},
-    "clipping": {"gradient_clipping": "a_law_compress", "update_clipping": "l2_clip_", "lr": lambda t: 0.1 / t**0.5},
+    "before": {"mars": True, "mars_gamma": 0.3, "gradient_clipping": "a_law_compress"},
+    "after": {
+        "lr": lambda t: 0.1 / t**0.5,
+        "weight_decay": 0.1,
+        "warmup_steps": 5,
+        "caution": True,
+        "caution_scaling": False,
+        "update_clipping": "l2_clip_",
+    },
 }
 
 
@@ -263,7 +268,6 @@ def muon(factory: Callable[..., hbfunc.Transform], **more: dict[str, Any]) -> li
     options: dict[str, dict[str, Any]] = {
         "": {"kwargs": {}, "params": {**MATRICES, "another": (5, 3), "scale": ()}},
         **AROUND,
-        "numbers": {"lr": 0.03, "betas": (0.5, 0.8), "eps": 0.4},
         "combined": {**MANY, "betas": (0.7, 0.8), "eps": 0.4},
         "polar_express": {
             "kwargs": {"orthogonalizer": "polar_express"},
@@ -287,10 +291,9 @@ def soap() -> list[Row]:
     drawn: dict[str, Any] = {"use_precond_schedule": True, "precond_scheduler": (3.0, 9.0), "seed": 5}
     schedule = soap_schedule(**drawn)
     options: dict[str, dict[str, Any]] = {
-        "": {"kwargs": {}, "params": {**SQUARE, "scale": ()}},
+        "": {"kwargs": {}, "params": {**SQUARE, "bias": (3,), "scale": ()}},
         **AROUND,
-        "numbers": {"lr": 0.03, "betas": (0.5, 0.8), "eps": 0.02, "shampoo_beta": 0.7},
-        "combined": {**MANY, "betas": (0.7, 0.8), "shampoo_beta": 0.8, "palm": True, "beta2_scale": 0.6},
+        "combined": {**MANY, "betas": (0.7, 0.8), "eps": 0.02, "shampoo_beta": 0.8, "palm": True, "beta2_scale": 0.6},
         "palm": {"palm": True},
         "precondition_frequency": {"precondition_frequency": 3},
         "frequency-in-the-state": {
@@ -305,6 +308,7 @@ def soap() -> list[Row]:
         "channels_last": {"kwargs": {"data_format": "channels_last"}, "params": {"conv": (4, 2, 1, 2), "bias": (3,)}},
         "precondition_1d": {
             "kwargs": {"precondition_1d": True},
+            "params": {**SQUARE, "bias": (3,)},
             "oracle": None,
             "without": {
                 "matches_the_oracle": "the null space of a vector's first covariance is arbitrary: see test_soap.py",
@@ -327,9 +331,8 @@ def psgd() -> list[Row]:
     probability = "preconditioner_update_probability"
     options: dict[str, dict[str, Any]] = {
         "": {"kwargs": {}, "params": {**MATRICES, "another": (5, 3), "scale": ()}},
-        "numbers": {"lr": 0.03, "beta": 0.6, "precond_lr": 0.3, "precond_init_scale": 2.0},
-        "schedule": {"lr": lambda t: 0.1 / t**0.5},
-        "combined": {**MANY, "beta": 0.7, "caution_scaling": False},
+        **AROUND,
+        "combined": {**MANY, "beta": 0.7, "precond_lr": 0.3, "precond_init_scale": 2.0},
         "probability": {"kwargs": {probability: 0.5, "seed": 2}, "numbers": (*numbers, probability)},
         "probability-of-t": {probability: lambda t: 1 / t**0.5},
         "deterministic": {probability: lambda t: 0.4 + 0 * t, "stochastic_schedule": False},
@@ -354,8 +357,7 @@ def psgd() -> list[Row]:
             "without": {"matches_the_oracle": "the oracle is fitted on gradients: see test_psgd.py"},
         },
     }
-    small = {"weight": (4, 3), "bias": (3,)}
-    return rows(hbfunc.psgd_kron, options, params=small, oracle=psgd_oracle, numbers=numbers)
+    return rows(hbfunc.psgd_kron, options, params={"weight": (4, 3)}, oracle=psgd_oracle, numbers=numbers)
 
 
 def psgd_oracle(params: Arrays, grads: list[Arrays], **options: Any) -> list[Arrays]:
