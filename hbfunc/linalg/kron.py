@@ -90,9 +90,10 @@ def pack(q: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, n: int) -> Tensor:
     """The inverse of `pack`: [..., n, n] with zeros below the diagonal."""
-    i = torch.arange(n, device=packed.device).unsqueeze(-1)
-    j = torch.maximum(i, torch.arange(n, device=packed.device))
-    return packed[..., i * (2 * n - 1 - i) // 2 + j].triu()
+    steps = torch.arange(n - 1, -1, -1, device=packed.device)
+    # Where each row would start with all n columns. A sum, and no formula, which compilers fold into every element.
+    rows = (steps.cumsum(0) - steps).unsqueeze(-1)
+    return packed[..., rows + torch.arange(n, device=packed.device)].triu()
 
 
 def _whiten(qs: Sequence[Tensor], x: Tensor, transposed: bool = False) -> Tensor:
