@@ -58,7 +58,7 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         updates, inner = factory(**choices, **state["hyper"]).update(inner, updates, params, **extras)
         return updates, {"hyper": state["hyper"], **inner}
 
-    return transform(init, update, built.name, built.needs, built.layout)
+    return transform(init, update, built.name, built.needs, built.layout, built.elementwise)
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
@@ -153,7 +153,7 @@ def caution(scale: bool = True) -> Transform:
             new[k] = torch.where(agree, u, 0) * factor
         return new, {}
 
-    return transform(lambda params: {}, update, "caution", needs=("grads",))
+    return transform(lambda params: {}, update, "caution", needs=("grads",), elementwise=not scale)
 
 
 def mars(inner: Transform, gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9) -> Transform:
@@ -179,7 +179,7 @@ def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9)
             kept(state, previous={k: g.clone() for k, g in updates.items()}),  # the caller may zero its gradients
         )
 
-    return transform(init, update, "mars")
+    return transform(init, update, "mars", elementwise=True)
 
 
 def accumulate(inner: Transform, steps: int) -> Transform:
@@ -212,7 +212,7 @@ def accumulate(inner: Transform, steps: int) -> Transform:
             "inner": select(last, after, state["inner"]),
         }
 
-    return transform(init, update, "accumulate", inner.needs, _nested(inner, "inner"))
+    return transform(init, update, "accumulate", inner.needs, _nested(inner, "inner"), inner.elementwise)
 
 
 def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
@@ -232,7 +232,7 @@ def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
         average = {k: ema(state["ema"][k], moved[k].to(compute_dtype(moved[k])), w[k]) for k in updates}
         return updates, kept({**state, "inner": {}}, count=t, ema=average) | {"inner": after}
 
-    return transform(init, update, "with_ema", inner.needs, _nested(inner, "inner"))
+    return transform(init, update, "with_ema", inner.needs, _nested(inner, "inner"), inner.elementwise)
 
 
 def _nested(inner: Transform, key: str) -> Callable[[Flat], Layout] | None:

@@ -85,7 +85,7 @@ def round_to_parameters(seed: int | Tensor = 0) -> Transform:
         # The difference of two bfloat16 numbers, so that the sum, rounded to nearest, is the number meant.
         return {**updates, **{k: new[k].to(old[k].dtype) - old[k] for k in mine}}, kept(state, count=t)
 
-    return transform(init, update, "rounding")
+    return transform(init, update, "rounding", elementwise=True)
 
 
 def _keyed(params: Flat, seed: int | Tensor) -> State:

@@ -39,6 +39,8 @@ class Transform(NamedTuple):
         expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product).
     layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
         down to the stacks, of tuples of paths (one per row). None: the state has no stacks.
+    elementwise: in float32 and float64, an entry of an update depends on no other entry, nor on where it is or what its
+        leaf is called. So leaves with equal counts may be cut, joined and sharded, and give the same numbers.
     """
 
     init: Callable[..., State]
@@ -46,6 +48,7 @@ class Transform(NamedTuple):
     name: str
     needs: tuple[str, ...] = ()
     layout: Callable[[Flat], Layout] | None = None
+    elementwise: bool = False
 
 
 class Leaves(dict[str, Tensor]):
@@ -113,6 +116,7 @@ def transform(
     name: str,
     needs: tuple[str, ...] = (),
     layout: Callable[[Flat], Layout] | None = None,
+    elementwise: bool = False,
 ) -> Transform:
     """A Transform over any tree, from functions over `Leaves`. Inside a chain, where trees are flat, it is free."""
 
@@ -135,7 +139,7 @@ def transform(
         # torch.compile counts its (few) permitted recompilations per code object: without one of their own, the tenth
         # optimizer that a process compiles would fail for the first nine.
         update_tree.__code__ = update_tree.__code__.replace(co_name=f"{name}_update")
-    return Transform(init_tree, update_tree, name, needs, layout)
+    return Transform(init_tree, update_tree, name, needs, layout, elementwise)
 
 
 def chain(*transforms: Transform, name: str = "chain") -> Transform:
@@ -173,18 +177,21 @@ def chain(*transforms: Transform, name: str = "chain") -> Transform:
     def layout(params: Flat) -> Layout:
         return {n: t.layout(params) for n, t in zip(names, transforms, strict=True) if t.layout is not None}
 
-    return transform(init, update, name, needs, layout if any(t.layout for t in transforms) else None)
+    elementwise = all(t.elementwise for t in transforms)
+    return transform(init, update, name, needs, layout if any(t.layout for t in transforms) else None, elementwise)
 
 
 def _unique(names: list[str]) -> list[str]:
     return [n if names[:i].count(n) == 0 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
 
 
-def stateless(name: str, fn: Callable[[Tensor], Tensor]) -> Transform:
+def stateless(name: str, fn: Callable[[Tensor], Tensor], elementwise: bool = False) -> Transform:
     """The transform that maps every leaf of the updates by `fn` and keeps nothing."""
-    return transform(
-        lambda params: {}, lambda state, updates, params: ({k: fn(u) for k, u in updates.items()}, {}), name
-    )
+
+    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        return {k: fn(u) for k, u in updates.items()}, {}
+
+    return transform(lambda params: {}, update, name, elementwise=elementwise)
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:

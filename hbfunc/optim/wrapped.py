@@ -139,7 +139,7 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
         assert inner.layout is not None
         return {"inner": inner.layout(params)}
 
-    return transform(init, update, inner.name, inner.needs, layout if inner.layout else None)
+    return transform(init, update, inner.name, inner.needs, layout if inner.layout else None, inner.elementwise)
 
 
 def _replaced(state: State, values: dict[Place, Tensor], at: Place = ()) -> State:

@@ -43,7 +43,7 @@ def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Tra
         v = {k: ema(state["exp_avg_sq"][k], u * u, w[k]) for k, u in updates.items()}
         return {k: u / denominator(v[k], eps) for k, u in updates.items()}, kept(state, count=t, exp_avg_sq=v)
 
-    return transform(init, update, "scale_by_exp_avg_sq")
+    return transform(init, update, "scale_by_exp_avg_sq", elementwise=True)
 
 
 def scale_by_adam(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
@@ -57,7 +57,7 @@ def scale_by_adam(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor
         v = {k: ema(state["exp_avg_sq"][k], u * u, w2[k]) for k, u in updates.items()}
         return {k: m[k] / denominator(v[k], eps) for k in updates}, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
 
-    return transform(two_moments, update, "scale_by_adam")
+    return transform(two_moments, update, "scale_by_adam", elementwise=True)
 
 
 def scale_by_laprop(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
@@ -71,7 +71,7 @@ def scale_by_laprop(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tens
         m = {k: ema(state["exp_avg"][k], u / denominator(v[k], eps), w1[k]) for k, u in updates.items()}
         return m, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
 
-    return transform(two_moments, update, "scale_by_laprop")
+    return transform(two_moments, update, "scale_by_laprop", elementwise=True)
 
 
 def scale_by_adopt(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
@@ -95,7 +95,7 @@ def scale_by_adopt(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tenso
             v[k] = ema(old, u * u, w2[k])
         return m, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
 
-    return transform(two_moments, update, "scale_by_adopt")
+    return transform(two_moments, update, "scale_by_adopt", elementwise=True)
 
 
 def two_moments(params: Leaves) -> State:

@@ -59,25 +59,25 @@ def rmsnorm_clip(clip_at: float = 1.0) -> Transform:
 def mu_law_compress(mu: float = 127.0) -> Transform:
     """Compress every element by the mu law."""
     check_number("mu", mu, 0, math.inf, open_low=True)
-    return stateless("mu_law_compress", lambda u: mu_law(u, mu))
+    return stateless("mu_law_compress", lambda u: mu_law(u, mu), elementwise=True)
 
 
 def a_law_compress(A: float = 87.6) -> Transform:
     """Compress every element by the A law."""
     check_number("A", A, 1, math.inf)
-    return stateless("a_law_compress", lambda u: a_law(u, A))
+    return stateless("a_law_compress", lambda u: a_law(u, A), elementwise=True)
 
 
 def trust_region_clip(lerp: float = 0.9, scale: float = 1.5) -> Transform:
     """Squash every element smoothly into [-2, 2]; PSGD's default update clipping."""
     check_number("lerp", lerp, 0, 1)
     check_number("scale", scale, 0, math.inf, open_low=True)
-    return stateless("trust_region_clip", lambda u: trust_region(u, lerp, scale))
+    return stateless("trust_region_clip", lambda u: trust_region(u, lerp, scale), elementwise=True)
 
 
 def identity() -> Transform:
     """Leave the updates as they are."""
-    return stateless("identity", lambda u: u)
+    return stateless("identity", lambda u: u, elementwise=True)
 
 
 # The documented names; each gives the transform with its default arguments.

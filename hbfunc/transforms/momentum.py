@@ -24,7 +24,7 @@ def exp_avg(beta: Number = 0.9) -> Transform:
         m = {k: ema(state["exp_avg"][k], u, w[k]) for k, u in updates.items()}
         return m, kept(state, count=t, exp_avg=m)
 
-    return transform(init, update, "exp_avg")
+    return transform(init, update, "exp_avg", elementwise=True)
 
 
 def heavyball_momentum(beta: Number = 0.9) -> Transform:
@@ -49,4 +49,4 @@ def _momentum(name: str, beta: Number, look: Callable[[Tensor, Tensor, Tensor], 
         s = {k: b[k] * state["momentum"][k] + u for k, u in updates.items()}
         return {k: look(u, s[k], b[k]) for k, u in updates.items()}, kept(state, count=t, momentum=s)
 
-    return transform(init, update, name)
+    return transform(init, update, name, elementwise=True)

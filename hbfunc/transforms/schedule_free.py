@@ -48,7 +48,7 @@ def schedule_free(
             z[k] = state["z"][k] - rate[k] * u
         return step, kept(state, count=t, weight_sum=weight_sum, z=z)
 
-    return transform(init, update, "schedule_free")
+    return transform(init, update, "schedule_free", elementwise=True)
 
 
 def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:

@@ -35,4 +35,4 @@ def _scaled(name: str, value: Number, fn: Callable[[Tensor, Tensor, Tensor | flo
         (x,) = per_leaf(t, updates, lambda t: [value(t)])
         return {k: fn(u, params[k], x[k]) for k, u in updates.items()}, kept(state, count=t)
 
-    return transform(init, update, name)
+    return transform(init, update, name, elementwise=True)
