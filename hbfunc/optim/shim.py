@@ -18,6 +18,7 @@ from torch import Tensor
 from hbfunc import utils
 from hbfunc.optim import checkpoint
 from hbfunc.optim.checkpoint import EMA
+from hbfunc.optim.joined import joins
 from hbfunc.optim.state import adopt
 from hbfunc.optim.unit import Refresh, Unit
 from hbfunc.schedules import ema_weight
@@ -79,6 +80,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if hasattr(self, "recipe"):
             defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
+        self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
         super().__init__(params, defaults)
 
     def _resolved(self, name: str, value: Any) -> Any:
@@ -188,7 +190,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
             return []
         key, units = self._units.get(index, (None, []))
         alive = set(map(id, self.state.values()))
-        if key != self.structure(group) or not all(unit.shown_in(alive) for unit in units):
+        current = key == self.structure(group) and all(unit.shown_in(alive) for unit in units)
+        if current and not all(unit.whole() for unit in units):
+            self._apart.add(index)  # and for good: a graph for every pattern of gradients would be one too many
+            current = False
+        if not current:
             key, units = self._units[index] = self._built(index, group)
         return [unit for unit in units if any(p.grad is not None for p in unit.params)]
 
@@ -202,8 +208,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if not group["foreach"]:
             parts = [[leaf] for leaf in leaves]
         double = any(p.dtype == torch.float64 for _, p in leaves)
-        units = [Unit(self.transform(group), Leaves(part), double) for part in parts]
         held = {k: self.state[p] for k, p in leaves if p in self.state}
+        units = [self._unit(self.transform(group), Leaves(part), double, held, index) for part in parts]
         for unit in units:
             values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.paths if k in held}
             adopt(unit.views, {k: v for k, v in values.items() if v})
@@ -212,6 +218,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 unit.shown[k].update({n: x for n, x in held.get(k, {}).items() if n in EMA})
                 self.state[p] = unit.shown[k]
         return self.structure(group), units
+
+    def _unit(self, tx: Transform, leaves: Leaves, double: bool, held: dict[str, Any], index: int) -> Unit:
+        joined = joins(leaves, held) if tx.elementwise and index not in self._apart else []
+        return Unit(tx, leaves, double, joined)
 
     def _names(self, index: int) -> list[str]:
         """Names of a group's parameters: given ones, or their numbers over all groups."""
@@ -303,7 +313,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
-            super().__setstate__({**state, "_units": {}})
+            super().__setstate__({**state, "_units": {}, "_apart": set()})
             return
         groups = [
             checkpoint.merged(mine, loaded, f"param_groups[{i}]")
@@ -312,7 +322,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         super().__setstate__({"state": checkpoint.released(state["state"]), "param_groups": groups, "_units": {}})
         for i, group in enumerate(groups):
             if any(self.state.get(p) for p in group["params"]):
-                self._units[i] = self._built(i, group)
+                built = self._built(i, group)  # raises for a state that does not fit
+                # Which small leaves can be joined is known at the first step, when there are gradients.
+                self._units[i] = (None, built[1]) if self.transform(group).elementwise else built
             else:
                 self.transform(group)  # raises for an option out of range
 

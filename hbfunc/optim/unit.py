@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hbfunc import utils
 from hbfunc.optim.compiled import Step, compiled, in_place_step
+from hbfunc.optim.joined import Joined
 from hbfunc.optim.state import Place, hyper_names, hyper_places, nested, per_parameter, places
 from hbfunc.transform import Leaves, Transform, compute_dtype
 
@@ -22,13 +23,26 @@ class Unit:
     """Those of a param group, or a single one for foreach=False.
 
     double: the hyperparameters are float64, as they are for a group of which some parameters are float64.
+    joined: the leaves that the transform is to see as one.
     """
 
-    def __init__(self, transform: Transform, leaves: Leaves, double: bool = False) -> None:
+    def __init__(
+        self, transform: Transform, leaves: Leaves, double: bool = False, joined: Sequence[Joined] = ()
+    ) -> None:
         self.transform, self.paths, self.params = transform, list(leaves), list(leaves.values())
-        state = transform.init(leaves)
-        layout = {} if transform.layout is None else transform.layout(leaves)
-        self.views = per_parameter(state, layout, self.paths)
+        inside = {path for join in joined for path in join.members}
+        seen: dict[str, tuple[Tensor, int | Joined]] = {join.path: (join.gathered(), join) for join in joined}
+        seen |= {path: (p, i) for i, (path, p) in enumerate(leaves.items()) if path not in inside}
+        seen = dict(sorted(seen.items()))
+        flat = Leaves((path, p) for path, (p, _) in seen.items())  # what the transform sees
+        self.flat_paths, self.sources = list(flat), [source for _, source in seen.values()]
+        self.joined = tuple(joined)
+        state = transform.init(flat)
+        layout = {} if transform.layout is None else transform.layout(flat)
+        views = per_parameter(state, layout, self.flat_paths)
+        for join in joined:
+            views |= join.views(views.pop(join.path))
+        self.views = {path: views[path] for path in self.paths}
         self.shown: dict[str, dict[str, Any]] = {k: dict(entries) for k, entries in self.views.items()}  # as `state[p]`
         self.hyper = {
             place: x.to(torch.float64) if double and x.is_floating_point() else x for place, x in hyper_places(state)
@@ -59,6 +73,10 @@ class Unit:
                 tensor.fill_(value)
                 self.values[place] = value
 
+    def whole(self) -> bool:
+        """Whether of every joined leaf either all parameters have a gradient or none has."""
+        return all(join.whole() for join in self.joined)
+
     def present(self) -> tuple[int, ...]:
         """Numbers of the parameters that have a gradient."""
         return tuple(i for i, p in enumerate(self.params) if p.grad is not None)
@@ -69,20 +87,35 @@ class Unit:
         refresh: as decided by `due`. products: Hessian-vector products, one for each of these parameters, or an empty
         list where no refresh needs them; None for a transform that does not work with curvature.
         """
-        present = self.present()
         mode = utils.compile_mode if compile_step else None
-        key = present, refresh, products is None, mode, utils.dynamic
+        present = self.present()
+        having = set(present)
+        given = [i for i, s in enumerate(self.sources) if (s if isinstance(s, int) else s.numbers[0]) in having]
+        key = tuple(given), refresh, products is None, mode, utils.dynamic
         if key not in self.steps:
             extras = self._extras(refresh)
             step = in_place_step(
-                self.transform, self.paths, present, list(self.tensors), extras, curvature=products is not None
+                self.transform, self.flat_paths, given, list(self.tensors), extras, curvature=products is not None
             )
             self.steps[key] = compiled(step, mode, utils.dynamic, self.params[0].device)
-        grads = [self.params[i].grad for i in present]
-        self.steps[key](self.params, grads, list(self.tensors.values()), products or ())  # type: ignore[arg-type]
+        self._run(self.steps[key], given, products or ())
         if self.counts:
             for i in present:
                 self.counts[i] += 1
+
+    def _run(self, step: Step, given: Sequence[int], products: Sequence[Tensor]) -> None:
+        tensors = list(self.tensors.values())
+        try:
+            params = [s.take_params() if isinstance(s, Joined) else self.params[s] for s in self.sources]
+            sources = [self.sources[i] for i in given]
+            grads = [s.take_grads() if isinstance(s, Joined) else self.params[s].grad for s in sources]
+            step(params, grads, tensors, products)  # type: ignore[arg-type]
+            for source in sources:
+                if isinstance(source, Joined):
+                    source.write()
+        finally:
+            for join in self.joined:
+                join.release()
 
     def due(self, schedule: Refresh | None) -> bool | str | None:
         """Whether this step refreshes: known here if all parameters are at one count, None to decide in the graph."""

@@ -1,0 +1,102 @@
+"""Many small leaves as one, for transforms that do not care (`Transform.elementwise`).
+
+A graph compiles and runs one loop for all of a model's biases and norms. Their state lies in one flat buffer, of which
+every parameter's state shows its part; their parameters and gradients are copied into such buffers for the step only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc.transform import Leaves, compute_dtype
+
+_SMALL = 1 << 15  # elements; from here on, copying would cost more than a loop of its own
+
+
+class Joined:
+    """The leaves `members`, of one dtype and device, as a flat one at `path`.
+
+    numbers: of the members, among the leaves of their unit.
+    """
+
+    def __init__(self, path: str, members: Leaves, numbers: Sequence[int]) -> None:
+        self.path, self.members, self.numbers = path, members, tuple(numbers)
+        self.params = list(members.values())
+        self._sizes = [p.numel() for p in self.params]
+        self._flat, self._grad = (_Buffer(sum(self._sizes), self.params[0], self.parts) for _ in range(2))
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """Each member's part of a flat tensor, in its shape."""
+        return [part.view(p.shape) for part, p in zip(flat.split(self._sizes), self.params, strict=True)]
+
+    def gathered(self) -> Tensor:
+        """The members' values, flat."""
+        return torch.cat([p.detach().reshape(-1) for p in self.params])
+
+    def whole(self) -> bool:
+        """Whether all members have a gradient, or none."""
+        return sum(p.grad is None for p in self.params) in (0, len(self.params))
+
+    def take_params(self) -> Tensor:
+        """The parameters, flat: a copy, until `release`."""
+        return self._flat.take(self.params)
+
+    def take_grads(self) -> Tensor:
+        """The gradients, of which there must be all, flat: a copy, until `release`."""
+        return self._grad.take([p.grad for p in self.params])  # type: ignore[misc]
+
+    def write(self) -> None:
+        """Copy the flat parameters, as they are now, back into the parameters."""
+        torch._foreach_copy_(self.params, self._flat.parts)
+
+    def release(self) -> None:
+        """Free the flat copies."""
+        self._flat.release()
+        self._grad.release()
+
+    def views(self, joined: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """State by member, from the state by name of the flat leaf: parts of what is flat; scalars are shared."""
+        found: dict[str, dict[str, Tensor]] = {path: {} for path in self.members}
+        for name, x in joined.items():
+            parts = self.parts(x) if x.ndim == 1 and x.numel() == sum(self._sizes) else [x] * len(self._sizes)
+            for path, part in zip(self.members, parts, strict=True):
+                found[path][name] = part
+        return found
+
+
+class _Buffer:
+    """A flat tensor like `first` that has memory only while it is used, and the views of its parts, made once."""
+
+    def __init__(self, size: int, first: Tensor, parts: Callable[[Tensor], list[Tensor]]) -> None:
+        self.flat = torch.empty(size, dtype=compute_dtype(first), device=first.device)
+        self.parts = parts(self.flat)
+        self._bytes = self.flat.untyped_storage().nbytes()
+        self.release()
+
+    def take(self, values: list[Tensor]) -> Tensor:
+        """The flat tensor, with the values in it."""
+        self.flat.untyped_storage().resize_(self._bytes)
+        torch._foreach_copy_(self.parts, values)
+        return self.flat
+
+    def release(self) -> None:
+        self.flat.untyped_storage().resize_(0)
+
+
+def joins(leaves: Leaves, held: Mapping[str, Mapping[str, Any]]) -> list[Joined]:
+    """The leaves that can be one: small, with a gradient, of one dtype, and with equal scalars in the state `held`."""
+    groups: dict[Any, list[tuple[int, str]]] = defaultdict(list)
+    for i, (path, p) in enumerate(leaves.items()):
+        if p.numel() <= _SMALL and p.grad is not None and p.dtype == compute_dtype(p):
+            scalars = {k: x.item() for k, x in held.get(path, {}).items() if isinstance(x, Tensor) and x.ndim == 0}
+            groups[p.dtype, tuple(sorted(scalars.items()))].append((i, path))
+    several = [group for group in groups.values() if len(group) > 1]
+    return [
+        Joined(f"<joined {n}>", Leaves({path: leaves[path] for _, path in group}), [i for i, _ in group])
+        for n, group in enumerate(several)
+    ]
