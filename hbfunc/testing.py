@@ -402,6 +402,27 @@ def shares_no_memory(case: Case) -> None:
         params = apply_updates(params, updates)
 
 
+@_property
+def joins_its_leaves(case: Case) -> None:
+    """A transform that calls itself elementwise gives the same bits for all leaves as one flat leaf."""
+    if not case.transform.elementwise:
+        return
+    for dtype in (torch.float32, torch.float64):
+
+        def joined(tree: Params) -> Params:
+            return {"joined": torch.cat([x.reshape(-1) for x in tree.values()])}
+
+        params = _as(dtype, case.params)
+        flat = joined(params)
+        state, flat_state = case.transform.init(params), case.transform.init(flat)
+        for t, grads in enumerate(_gradients(case), 1):
+            grads = _as(dtype, grads)
+            updates, state = case.update(state, grads, params, t)
+            flat_updates, flat_state = case.update(flat_state, joined(grads), flat, t)
+            _assert_same(flat_updates, joined(updates), f"step {t}, {dtype}, leaves joined")
+            params, flat = apply_updates(params, updates), apply_updates(flat, flat_updates)
+
+
 # -- helpers --------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from hbfunc.transform import Leaves, compute_dtype
 
-_SMALL = 1 << 15  # elements; from here on, copying would cost more than a loop of its own
+_SMALL = 1 << 15  # elements of a small leaf: beyond, copying would cost more than a loop of its own
+_SHARE = 0.05  # of a unit's elements may be joined: their copies are then 10% of the memory of the parameters
+_ALWAYS = 1 << 21  # elements, 16 MiB of copies in float32, may be joined anyway
 
 
 class Joined:
@@ -40,7 +42,7 @@ class Joined:
 
     def whole(self) -> bool:
         """Whether all members have a gradient, or none."""
-        return sum(p.grad is None for p in self.params) in (0, len(self.params))
+        return sum([p.grad is None for p in self.params]) in (0, len(self.params))
 
     def take_params(self) -> Tensor:
         """The parameters, flat: a copy, until `release`."""
@@ -91,12 +93,19 @@ class _Buffer:
 def joins(leaves: Leaves, held: Mapping[str, Mapping[str, Any]]) -> list[Joined]:
     """The leaves that can be one: small, with a gradient, of one dtype, and with equal scalars in the state `held`."""
     groups: dict[Any, list[tuple[int, str]]] = defaultdict(list)
+    moments = {k for path, entries in held.items() for k, x in entries.items() if _ndim(x) == leaves[path].ndim > 0}
+    room = max(_ALWAYS, _SHARE * sum(p.numel() for p in leaves.values()))
     for i, (path, p) in enumerate(leaves.items()):
-        if p.numel() <= _SMALL and p.grad is not None and p.dtype == compute_dtype(p):
-            scalars = {k: x.item() for k, x in held.get(path, {}).items() if isinstance(x, Tensor) and x.ndim == 0}
+        if p.numel() <= min(_SMALL, room) and p.grad is not None and p.dtype == compute_dtype(p):
+            room -= p.numel()
+            scalars = {k: x.item() for k, x in held.get(path, {}).items() if k not in moments and _ndim(x) == 0}
             groups[p.dtype, tuple(sorted(scalars.items()))].append((i, path))
     several = [group for group in groups.values() if len(group) > 1]
     return [
         Joined(f"<joined {n}>", Leaves({path: leaves[path] for _, path in group}), [i for i, _ in group])
         for n, group in enumerate(several)
     ]
+
+
+def _ndim(x: Any) -> int | None:
+    return x.ndim if isinstance(x, Tensor) else None

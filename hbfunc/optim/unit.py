@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -44,6 +44,12 @@ class Unit:
             views |= join.views(views.pop(join.path))
         self.views = {path: views[path] for path in self.paths}
         self.shown: dict[str, dict[str, Any]] = {k: dict(entries) for k, entries in self.views.items()}  # as `state[p]`
+        names = {name for views in self.views.values() for name in views}
+        having = {name: [path for path in self.paths if name in self.views[path]] for name in names}
+        self._entries = [  # by name, for comparisons of many at once: dicts and what must be in them
+            (name, [self.shown[path] for path in paths], [self.views[path][name] for path in paths])
+            for name, paths in having.items()
+        ]
         self.hyper = {
             place: x.to(torch.float64) if double and x.is_floating_point() else x for place, x in hyper_places(state)
         }
@@ -56,11 +62,12 @@ class Unit:
 
     def shown_in(self, alive: set[int]) -> bool:
         """Whether the optimizer's state, of whose dicts `alive` has the ids, still holds the views of this unit."""
-        for path, shown in self.shown.items():
-            views = self.views[path]
-            if id(shown) not in alive or len(shown) < len(views) or not all(map(is_, shown.values(), views.values())):
-                return False
-        return True
+        if not alive.issuperset(map(id, self.shown.values())):
+            return False
+        try:
+            return all(all(map(is_, map(itemgetter(name), shown), views)) for name, shown, views in self._entries)
+        except KeyError:
+            return False
 
     def write_hyper(self, value_of: Callable[[str], Any]) -> None:
         """Bring the 0-dim tensors up to date with the param group; a number that did not change costs nothing."""
