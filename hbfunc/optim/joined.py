@@ -93,12 +93,13 @@ class _Buffer:
 def joins(leaves: Leaves, held: Mapping[str, Mapping[str, Any]]) -> list[Joined]:
     """The leaves that can be one: small, with a gradient, of one dtype, and with equal scalars in the state `held`."""
     groups: dict[Any, list[tuple[int, str]]] = defaultdict(list)
-    moments = {k for path, entries in held.items() for k, x in entries.items() if _ndim(x) == leaves[path].ndim > 0}
+    known = {path: held[path] for path in leaves if path in held}
+    moments = {k for path, entries in known.items() for k, x in entries.items() if _ndim(x) == leaves[path].ndim > 0}
     room = max(_ALWAYS, _SHARE * sum(p.numel() for p in leaves.values()))
     for i, (path, p) in enumerate(leaves.items()):
         if p.numel() <= min(_SMALL, room) and p.grad is not None and p.dtype == compute_dtype(p):
             room -= p.numel()
-            scalars = {k: x.item() for k, x in held.get(path, {}).items() if k not in moments and _ndim(x) == 0}
+            scalars = {k: x.item() for k, x in known.get(path, {}).items() if k not in moments and _ndim(x) == 0}
             groups[p.dtype, tuple(sorted(scalars.items()))].append((i, path))
     several = [group for group in groups.values() if len(group) > 1]
     return [
