@@ -16,7 +16,7 @@ a flat dict from path to tensor (`Leaves`), for instance "layer.0.weight", and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -212,6 +212,12 @@ def kept(state: State, **new: Any) -> State:
 def zeros(params: Flat) -> dict[str, Tensor]:
     """Zeros like each parameter, in the dtype of the computation."""
     return {k: torch.zeros_like(p, dtype=compute_dtype(p)) for k, p in params.items()}
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
 
 
 def check_number(

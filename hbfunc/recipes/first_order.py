@@ -138,9 +138,7 @@ def sfadamw(
 ) -> Transform:
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682). Evaluate at `schedule_free_eval_params`."""
     if callable(betas[0]):
-        raise TypeError(
-            f"betas[0]={betas[0]!r}: Schedule-Free needs a number, not a schedule"
-        )
+        raise TypeError(f"betas[0]={betas[0]!r}: Schedule-Free needs a number, not a schedule")
 
     def rule(
         lr: Number,
