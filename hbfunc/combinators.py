@@ -19,6 +19,7 @@ from hbfunc.transform import (
     Tree,
     apply_updates,
     chain,
+    check_int,
     check_number,
     compute_dtype,
     flatten,
@@ -166,7 +167,7 @@ def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9)
 
     Equation 5 of MARS (arXiv 2411.10438) with the previous gradient in place of a second evaluation.
     """
-    check_number("mars_gamma", gamma, 0, float("inf"))
+    check_number("mars_gamma", gamma, 0, float("inf"), open_high=True)
     check_number("beta1", beta1, 0, 1, open_high=True)
 
     def init(params: Leaves) -> State:
@@ -188,8 +189,7 @@ def accumulate(inner: Transform, steps: int) -> Transform:
     Pure and of one shape, so that it compiles and maps: `inner` is computed at every call and selected at the last.
     Raises ValueError unless steps is a positive int.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r}: expected a positive int")
+    check_int("steps", steps, 1)
 
     def init(params: Leaves) -> State:
         device = next((p.device for p in params.values()), None)

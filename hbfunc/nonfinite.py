@@ -1,13 +1,16 @@
-"""What to do about gradients with an inf or a NaN: skip the step, or skip the leaf.
+"""What to do about gradients with an inf or a NaN: skip the step, skip the leaf, or raise.
 
 By default such values propagate, as in torch.optim: one NaN spoils its parameter, and through the moments and
 preconditioners every later step. The transforms here decide in the graph, without a look at a value from Python, and
 give the inner transform zeros in place of what it must not see: a matrix with a NaN makes factorizations raise.
+
+The classes take a policy by name, `nonfinite=`, and are guarded by the same transforms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +19,15 @@ from torch import Tensor
 from hbfunc.schedules import count_zeros
 from hbfunc.transform import Flat, Leaves, State, Transform, kept, transform
 
+POLICIES = ("propagate", "skip", "skip_leaf", "raise")
+SKIPPED = "skipped"  # the entry of both states that counts
 
-def apply_if_finite(inner: Transform) -> Transform:
+
+def apply_if_finite(inner: Transform, also: bool | Tensor = True) -> Transform:
     """`inner`, unless any entry of any gradient is infinite or NaN: then zero updates and an unchanged state.
 
     The state counts the skipped steps, an int64 scalar: "skipped".
+    also: a condition of the caller's that must hold too, a bool or a 0-dim bool tensor: gradients elsewhere are finite.
     """
 
     def init(params: Leaves) -> State:
@@ -32,10 +39,10 @@ def apply_if_finite(inner: Transform) -> Transform:
     ) -> tuple[dict[str, Tensor], State]:
         if not updates:
             return updates, state
-        ok = torch.stack(list(_finite(updates).values())).all()
+        ok = torch.stack(list(_finite(updates).values())).all() & also
         new, after = _sheltered(inner, state["inner"], updates, params, dict.fromkeys(updates, ok), extras)
         return (
-            {k: torch.where(ok, u, 0) for k, u in new.items()},
+            {k: torch.where(ok, u, _NOTHING) for k, u in new.items()},
             {"skipped": state["skipped"] + torch.where(ok, 0, 1), "inner": select(ok, after, state["inner"])},
         )
 
@@ -60,11 +67,14 @@ def apply_to_finite_leaves(inner: Transform) -> Transform:
         layout = {} if inner.layout is None else inner.layout(params)
         skipped = {k: state["skipped"][k] + torch.where(ok[k], 0, 1) for k in updates}
         return (
-            {k: torch.where(ok[k], u, 0) for k, u in new.items()},
+            {k: torch.where(ok[k], u, _NOTHING) for k, u in new.items()},
             {**kept(state, skipped=skipped), "inner": _select_leaves(ok, after, state["inner"], layout)},
         )
 
     return transform(init, update, "apply_to_finite_leaves", inner.needs, _nested(inner))
+
+
+_NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
 
 
 def select(condition: Tensor, new: Any, old: Any) -> Any:
@@ -108,3 +118,26 @@ def _select_leaves(ok: Flat, new: State, old: State, layout: Mapping[str, Any] |
 def _nested(inner: Transform) -> Any:
     layout = inner.layout
     return None if layout is None else lambda params: {"inner": layout(params)}
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The path of the first tensor with an entry that is infinite or NaN, None if all are finite. Waits for them."""
+    flags = {k: ok for k, ok in _finite(tensors).items() if not ok.is_meta}
+    together: dict[torch.device, list[str]] = {}
+    for k, ok in flags.items():
+        together.setdefault(ok.device, []).append(k)
+    bad = {k for ks in together.values() for k, ok in zip(ks, _read([flags[k] for k in ks]), strict=True) if not ok}
+    return next((k for k in tensors if k in bad), None)
+
+
+def _read(flags: list[Tensor]) -> list[bool]:
+    return torch.stack(flags).tolist()
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every entry of every tensor is finite: a 0-dim bool tensor on the device of the first. In few kernels,
+    and without waiting for them. Tensors on the meta device have no entries."""
+    real = [torch.view_as_real(x) if x.is_complex() else x for x in tensors if x.numel() and not x.is_meta]
+    if not real:
+        return torch.ones((), dtype=torch.bool)
+    return torch.isfinite(torch.nn.utils.get_total_norm(real, math.inf))  # a largest magnitude cannot overflow

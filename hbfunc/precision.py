@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hbfunc import random
 from hbfunc.schedules import count_zeros, increment, materialize
-from hbfunc.transform import Flat, Leaves, State, Transform, compute_dtype, kept, transform
+from hbfunc.transform import Flat, Leaves, State, Transform, check_choice, compute_dtype, kept, transform
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,8 +27,7 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
     "float32" stores what is computed (float64 for float64 parameters). Scalars and stacks of matrices stay as they are.
     Raises ValueError for another name.
     """
-    if storage_dtype not in STORAGE:
-        raise ValueError(f"storage_dtype={storage_dtype!r}: expected one of {', '.join(map(repr, STORAGE))}")
+    check_choice("storage_dtype", storage_dtype, tuple(STORAGE))
     if storage_dtype == "float32":
         return inner
     dtype = STORAGE[storage_dtype]

@@ -38,7 +38,7 @@ def at(value: Number, t: Tensor) -> Any:
 
 def warmup(value: Number, steps: int) -> Number:
     """Linear warmup: value * min(1, t / steps). The value itself for steps = 0."""
-    check_number("warmup_steps", steps, 0, float("inf"))
+    check_number("warmup_steps", steps, 0, float("inf"), open_high=True)
     if isinstance(steps, (int, float)) and steps == 0:
         return value
     return lambda t: at(value, t) * torch.clamp(t / steps, max=1)
@@ -46,7 +46,7 @@ def warmup(value: Number, steps: int) -> Number:
 
 def palm_beta2(scale: Number = 0.8) -> Decay:
     """PaLM's second-moment decay 1 - t^(-scale): 0 at t = 1 (Chowdhery et al. 2022, arXiv 2204.02311, section 5)."""
-    check_number("beta2_scale", scale, 0, float("inf"))
+    check_number("beta2_scale", scale, 0, float("inf"), open_high=True)
     return Decay(lambda t: 1 - t ** -at(scale, t))
 
 

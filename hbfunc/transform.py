@@ -16,7 +16,7 @@ a flat dict from path to tensor (`Leaves`), for instance "layer.0.weight", and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -40,7 +40,8 @@ class Transform(NamedTuple):
     layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
         down to the stacks, of tuples of paths (one per row). None: the state has no stacks.
     elementwise: in float32 and float64, an entry of an update depends on no other entry, nor on where it is or what its
-        leaf is called. So leaves with equal counts may be cut, joined and sharded, and give the same numbers.
+        leaf is called. So leaves with equal counts may be cut, joined and sharded, and give the same numbers; and a
+        complex leaf is one of real numbers, as in torch.optim.
     """
 
     init: Callable[..., State]
@@ -66,23 +67,58 @@ def flatten(tree: Tree, what: str = "params") -> tuple[dict[str, Any], Callable[
     return flat, lambda values: optree.tree_unflatten(spec, [values.get(name) for name in names])
 
 
-def flat_params(tree: Tree) -> tuple[Leaves, Callable[[Mapping[str, Any]], Tree]]:
-    """Parameters as `Leaves`, and the way back. Raises TypeError for a leaf that is no real floating tensor."""
+def flat_params(tree: Tree, elementwise: bool = False) -> tuple[Leaves, Callable[[Mapping[str, Any]], Tree]]:
+    """Parameters as `Leaves`, and the way back. Raises TypeError for a leaf that is no real floating tensor; but for an
+    `elementwise` transform, a complex one is the pairs of its real and imaginary parts, with one dim more."""
+    leaves, back, _ = _real_params(tree, elementwise)
+    return leaves, back
+
+
+def _real_params(tree: Tree, elementwise: bool) -> tuple[Leaves, Callable[[Mapping[str, Any]], Tree], set[str]]:
+    """`flat_params`, and the paths of the complex leaves."""
     if isinstance(tree, Leaves):
-        return tree, dict
+        return tree, dict, set()
     flat, back = flatten(tree)
+    pairs = set()
     for path, leaf in flat.items():
-        if leaf is not None and not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            hint = "; pass torch.view_as_real of it" if isinstance(leaf, Tensor) and leaf.is_complex() else ""
-            raise TypeError(f"params[{path!r}] is {kind}, expected a floating point tensor or None{hint}")
-    return Leaves({path: flat[path] for path in sorted(flat) if flat[path] is not None}), back
+        if leaf is None or (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            continue
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"params[{path!r}] is {type(leaf).__name__}, expected a floating point tensor or None")
+        check_dtype(path, leaf, elementwise)
+        pairs.add(path)
+        flat[path] = as_real(leaf)
+    leaves = Leaves({path: flat[path] for path in sorted(flat) if flat[path] is not None})
+    if not pairs:
+        return leaves, back, pairs
+
+    def complexes(values: Mapping[str, Any]) -> Tree:
+        return back({k: torch.view_as_complex(x.contiguous()) if k in pairs else x for k, x in values.items()})
+
+    return leaves, complexes, pairs
 
 
-def flat_like(params: Leaves, tree: Tree, what: str = "grads") -> dict[str, Tensor]:
+def check_dtype(path: str, p: Tensor, elementwise: bool) -> None:
+    """Raise TypeError unless a transform, elementwise or not, can step a parameter of this dtype."""
+    if p.is_floating_point() or (p.is_complex() and elementwise):
+        return
+    hint = ""
+    if p.is_complex():
+        hint = (
+            "; complex ones are for elementwise rules (Adam's kin, no clipping by norms): pass torch.view_as_real of it"
+        )
+    raise TypeError(f"params[{path!r}] is {p.dtype}, expected a floating point tensor or None{hint}")
+
+
+def as_real(x: Tensor) -> Tensor:
+    """The real and imaginary parts of a complex tensor, [..., 2]: a view, unless its conjugation is pending."""
+    return torch.view_as_real(x.resolve_conj())
+
+
+def flat_like(params: Leaves, tree: Tree, what: str = "grads", pairs: Collection[str] = ()) -> dict[str, Tensor]:
     """`tree`, which has the structure and shapes of `params`, flat and in the dtype of the computation, less its Nones.
 
-    Raises ValueError naming the first path at which the two differ.
+    pairs: paths of the complex parameters. Raises ValueError or TypeError naming the first path where they differ.
     """
     flat, _ = flatten(tree, what)
     for path in sorted({*flat, *params}):
@@ -97,6 +133,11 @@ def flat_like(params: Leaves, tree: Tree, what: str = "grads") -> dict[str, Tens
             raise ValueError(f"{what}[{path!r}] has no parameter: expected the structure of params")
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{what}[{path!r}] is {type(leaf).__name__}, expected a tensor or None")
+        if not (leaf.is_complex() if path in pairs else leaf.is_floating_point()):
+            kind = "complex" if path in pairs else "real floating point"
+            raise TypeError(f"{what}[{path!r}] is {leaf.dtype}, expected a {kind} tensor, as params[{path!r}]")
+        if path in pairs:
+            leaf = flat[path] = as_real(leaf)
         if leaf.shape != params[path].shape:
             raise ValueError(
                 f"{what}[{path!r}] has shape {tuple(leaf.shape)}, "
@@ -121,18 +162,18 @@ def transform(
     """A Transform over any tree, from functions over `Leaves`. Inside a chain, where trees are flat, it is free."""
 
     def init_tree(params: Tree) -> State:
-        return init(flat_params(params)[0])
+        return init(flat_params(params, elementwise)[0])
 
     def update_tree(state: State, grads: Tree, params: Tree, /, **extras: Any) -> tuple[Tree, State]:
         if isinstance(params, Leaves):
             return update(state, grads, params, **extras)
-        flat, back = flat_params(params)
+        flat, back, pairs = _real_params(params, elementwise)
         if extras.get("grads") is not None:
-            extras["grads"] = flat_like(flat, extras["grads"])
+            extras["grads"] = flat_like(flat, extras["grads"], "grads", pairs)
         if extras.get("curvature") is not None:
             product = extras["curvature"]
-            extras["curvature"] = lambda v: flat_like(flat, product(back(v)), "curvature(v)")
-        updates, new = update(state, flat_like(flat, grads), flat, **extras)
+            extras["curvature"] = lambda v: flat_like(flat, product(back(v)), "curvature(v)", pairs)
+        updates, new = update(state, flat_like(flat, grads, "grads", pairs), flat, **extras)
         return back(updates), new
 
     if not torch.compiler.is_compiling():
@@ -199,8 +240,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
     A leaf whose update is None stays as it is. Raises ValueError naming the first path at which the trees differ.
     """
-    flat, back = flat_params(params)
-    added = flat_like(flat, updates, "updates")
+    flat, back, pairs = _real_params(params, elementwise=True)
+    added = flat_like(flat, updates, "updates", pairs)
     return back({k: (p.to(compute_dtype(p)) + added[k]).to(p.dtype) if k in added else p for k, p in flat.items()})
 
 
@@ -214,16 +255,39 @@ def zeros(params: Flat) -> dict[str, Tensor]:
     return {k: torch.zeros_like(p, dtype=compute_dtype(p)) for k, p in params.items()}
 
 
+_LARGEST = 2**1023  # of the ints that are floats
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def check_int(name: str, value: Any, low: int) -> None:
+    """Raise ValueError unless `value` is an int of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r}: expected an int of at least {low}")
+
+
 def check_number(
     name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
 ) -> None:
-    """Raise ValueError unless the Python number `value` lies in the range. Tensors and schedules are not looked at."""
-    if isinstance(value, Tensor) or callable(value):
+    """Raise ValueError unless the Python number `value` lies in the range. Schedules and the values of tensors are not
+    looked at."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_complex():
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(value.shape)} and {value.dtype}, expected a real 0-dim one"
+            )
+        return
+    if callable(value):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"{name}={value!r}: expected a number, a 0-dim tensor or a schedule, got {type(value).__name__}"
         )
-    if not ((low < value if open_low else low <= value) and (value < high if open_high else value <= high)):
+    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if not inside or (isinstance(value, int) and abs(value) > _LARGEST):
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise ValueError(f"{name}={value!r}: expected a number in {left}{low}, {high}{right}")

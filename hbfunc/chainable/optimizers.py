@@ -69,8 +69,9 @@ class ChainOpt(StatefulOptimizer):
     """An optimizer made of functions in the documented style, called in order.
 
     defaults: hyperparameters, with "lr". The step around the functions, and its options, are those of all recipes:
-    warmup_steps, weight_decay, mars, mars_gamma, caution, storage_dtype, gradient_clipping, update_clipping, palm, each
-    of them optional. Functions see the numbers of their group as 0-dim tensors, so that schedulers recompile nothing.
+    warmup_steps, weight_decay, mars, mars_gamma, caution, storage_dtype, gradient_clipping, update_clipping, palm,
+    nonfinite, each of them optional. Functions see the numbers of their group as 0-dim tensors, so that schedulers
+    recompile nothing.
 
     A function that torch.compile cannot record, because it asks for `.item()`, say, makes the optimizer go on without
     compilation, with a warning; `compile_step=False` does so at once. `print` and the like are then seen at every step,
@@ -187,7 +188,7 @@ _DEFAULTS = {
     "beta2_scale": 0.8,
     "storage_dtype": "float32",
 }
-_NO_OPTIONS = ("params", "param_names", "rule", "foreach", "train_mode", "palm")
+_NO_OPTIONS = ("params", "param_names", "rule", "foreach", "train_mode", "palm", "nonfinite")
 
 
 def _ending(run: Run, face: Face | None, holds_first: bool | None = None) -> list[Transform]:

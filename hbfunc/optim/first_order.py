@@ -34,6 +34,7 @@ class Moments(StatefulOptimizer):
         beta2_scale: float = 0.8,
         *,
         seed: int | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -118,6 +119,7 @@ class _Averaged(StatefulOptimizer):
         beta2_scale: float = 0.8,
         *,
         seed: int | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         super().__init__(**arguments(locals()))
 

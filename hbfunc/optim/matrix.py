@@ -45,6 +45,7 @@ class ForeachMuon(StatefulOptimizer):
         nesterov: bool = True,
         *,
         seed: int | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -86,6 +87,7 @@ class ForeachSOAP(StatefulOptimizer):
         update_clipping: Any = use_default,
         *,
         seed: int | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -155,6 +157,7 @@ class ForeachPSGDKron(WithCurvature):
         *,
         curvature: bool = False,
         seed: int | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         super().__init__(**arguments(locals()))
 

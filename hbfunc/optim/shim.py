@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hbfunc import utils
+from hbfunc import nonfinite, utils
 from hbfunc.optim import checkpoint
 from hbfunc.optim.checkpoint import EMA
+from hbfunc.optim.guard import fitting, guarded
 from hbfunc.optim.joined import joins
 from hbfunc.optim.state import adopt
 from hbfunc.optim.unit import Refresh, Unit
@@ -50,6 +51,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     params, defaults: as in torch.optim.Optimizer; a value `use_default` becomes the class attribute of that name.
     foreach: False steps parameter by parameter, with the same numbers.
+    nonfinite: an option of every group (in `defaults`), for gradients with an inf or a NaN.
+        "propagate": as in torch.optim, they spoil their parameter and its state.
+        "skip": the step of all groups that say "skip", if any of their gradients is not finite (or a Hessian-vector
+            product, with curvature). Parameters and state stay as they are, and `state[p]["skipped"]` counts.
+        "skip_leaf": the step of that parameter alone. Both are decided on the device, without waiting for it.
+        "raise": FloatingPointError naming the first such gradient, before anything is written. Waits for the device.
     seed: of the random draws; None takes torch.initial_seed(), so that torch.manual_seed governs them.
     """
 
@@ -76,6 +83,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if use_ema is not None:
             self.use_ema = use_ema
         defaults = {k: self._resolved(k, v) for k, v in defaults.items()}
+        defaults.setdefault("nonfinite", "propagate")
         defaults |= {"foreach": foreach, "seed": torch.initial_seed() if seed is None else seed}
         if hasattr(self, "recipe"):
             defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
@@ -156,15 +164,19 @@ class StatefulOptimizer(torch.optim.Optimizer):
         loss = self.evaluate(closure)
         for i, group in enumerate(self.param_groups):
             self._check_gradients(i, group)
+        policies = {group["nonfinite"] for group in self.param_groups}
+        if "raise" in policies:
+            self._raise_nonfinite({p: p.grad for group in self.param_groups for p in group["params"]}, "the gradient")
         work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group)]
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group))
         decisions = [unit.due(self.refresh(group, unit)) for group, unit in work]
         products = self.products(work, decisions)
+        moved = self._judge(work, products) if policies != {"propagate"} else {}
         for (_, unit), decision, product in zip(work, decisions, products, strict=True):
             self.advance(unit, decision, product)
         if self.use_ema:
-            self.ema_update()
+            self._move_averages(moved)
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
@@ -184,13 +196,54 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     f"expected {tuple(p.shape)} on {p.device}, as the parameter"
                 )
 
+    def _raise_nonfinite(self, tensors: Mapping[Tensor, Tensor | None], what: str) -> None:
+        """FloatingPointError if one of the tensors, by parameter, is not finite, in a group that wants to know."""
+        named: dict[str, Tensor] = {}
+        for i, group in enumerate(self.param_groups):
+            if group["nonfinite"] == "raise":
+                given = zip(self._names(i), map(tensors.get, group["params"]), strict=True)
+                named |= {k: x for k, x in given if x is not None}
+        path = nonfinite.first_nonfinite(named)
+        if path is not None:
+            raise FloatingPointError(f"{what} of params[{path!r}] has an inf or NaN (nonfinite='raise')")
+
+    def _judge(
+        self, work: list[tuple[dict[str, Any], Unit]], products: list[list[Tensor] | None]
+    ) -> dict[Tensor, Tensor]:
+        """Tell the units that skip steps whether all of them go on; raise for a Hessian-vector product where asked to.
+
+        For the averages: whether each parameter whose step may be skipped will move.
+        """
+        pairs = list(zip(work, products, strict=True))
+        hessians = {unit.params[i]: h for (_, unit), hs in pairs if hs for i, h in zip(unit.present(), hs, strict=True)}
+        self._raise_nonfinite(hessians, "the Hessian-vector product")
+        skipping = [(unit, hs or []) for (group, unit), hs in pairs if group["nonfinite"] == "skip"]
+        moved: dict[Tensor, Tensor] = {}
+        ok = None
+        if len(skipping) > 1 or self.use_ema or any(hs for _, hs in skipping):  # a unit alone judges in its graph
+            grads = [g for unit, hs in skipping for g in (*(p.grad for p in unit.params), *hs) if g is not None]
+            ok = nonfinite.all_finite(grads)
+        for unit, _ in skipping:
+            unit.agree(ok)
+        if self.use_ema:
+            for group in self.param_groups:
+                if group["nonfinite"] == "skip" and ok is not None:
+                    moved |= dict.fromkeys(group["params"], ok)
+                elif group["nonfinite"] == "skip_leaf":
+                    moved |= {p: nonfinite.all_finite([p.grad]) for p in group["params"] if p.grad is not None}
+        return moved
+
+    def _key(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What the units of a group were made for."""
+        return group["nonfinite"], self.structure(group)
+
     def _ready(self, index: int, group: dict[str, Any]) -> list[Unit]:
         """The units of a group that have a gradient, made anew where options, parameters or `state` changed."""
         if all(p.grad is None for p in group["params"]):
             return []
         key, units = self._units.get(index, (None, []))
         alive = set(map(id, self.state.values()))
-        current = key == self.structure(group) and all(unit.shown_in(alive) for unit in units)
+        current = key == self._key(group) and all(unit.shown_in(alive) for unit in units)
         if current and not all(unit.whole() for unit in units):
             self._apart.add(index)  # and for good: a graph for every pattern of gradients would be one too many
             current = False
@@ -209,19 +262,20 @@ class StatefulOptimizer(torch.optim.Optimizer):
             parts = [[leaf] for leaf in leaves]
         double = any(p.dtype == torch.float64 for _, p in leaves)
         held = {k: self.state[p] for k, p in leaves if p in self.state}
-        units = [self._unit(self.transform(group), Leaves(part), double, held, index) for part in parts]
+        units = [self._unit(group, Leaves(part), double, held, index) for part in parts]
         for unit in units:
             values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.paths if k in held}
-            adopt(unit.views, {k: v for k, v in values.items() if v})
+            adopt(unit.views, {k: fitting(v, unit.views[k]) for k, v in values.items() if v})
         for unit in units:
             for k, p in zip(unit.paths, unit.params, strict=True):
                 unit.shown[k].update({n: x for n, x in held.get(k, {}).items() if n in EMA})
                 self.state[p] = unit.shown[k]
-        return self.structure(group), units
+        return self._key(group), units
 
-    def _unit(self, tx: Transform, leaves: Leaves, double: bool, held: dict[str, Any], index: int) -> Unit:
-        joined = joins(leaves, held) if tx.elementwise and index not in self._apart else []
-        return Unit(tx, leaves, double, joined)
+    def _unit(self, group: dict[str, Any], leaves: Leaves, double: bool, held: dict[str, Any], index: int) -> Unit:
+        tx, policy = self.transform(group), group["nonfinite"]
+        apart = index in self._apart or not tx.elementwise or policy == "skip_leaf"
+        return Unit(tx, leaves, double, [] if apart else joins(leaves, held), policy)
 
     def _names(self, index: int) -> list[str]:
         """Names of a group's parameters: given ones, or their numbers over all groups."""
@@ -242,10 +296,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 if name in names[:i] or any(p is q for q in params[:i]):
                     raise ValueError(f"params[{name!r}] is in the group twice, expected different parameters and names")
             flat_params(dict(zip(names, params, strict=True)))
-            self.transform(self.param_groups[-1])
+            self._checked(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _checked(self, group: dict[str, Any]) -> None:
+        """Raise for an option of a group that is out of range."""
+        guarded(self.transform(group), group["nonfinite"])
 
     # The average of the parameters.
 
@@ -255,13 +313,20 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         Called by every step where `use_ema` is set. A parameter without state (no step yet) has no average.
         """
+        self._move_averages({})
+
+    def _move_averages(self, moved: Mapping[Tensor, Tensor]) -> None:
+        """`ema_update`, but for the parameters whose step was skipped."""
         for p, state in self.state.items():
+            now = p.to(compute_dtype(p))
             if "ema" not in state:
-                state["ema"] = torch.zeros_like(p, dtype=compute_dtype(p))
+                state["ema"] = now.clone()
                 state["ema_count"] = torch.zeros((), dtype=torch.int64, device=p.device)
-            state["ema_count"] += 1
-            weight = ema_weight(1 - self.ema_decay, state["ema_count"].to(torch.float64))
-            state["ema"].copy_(ema(state["ema"], p.to(state["ema"].dtype), weight.to(state["ema"].dtype)))
+            average, count = state["ema"], state["ema_count"]
+            count += moved[p].to(count.device) if p in moved else 1
+            weight = ema_weight(1 - self.ema_decay, count.to(torch.float64)).to(average.dtype)
+            new = torch.where(count == 1, now, ema(average, now, weight))
+            average.copy_(torch.where(moved[p].to(count.device), new, average) if p in moved else new)
 
     def copy_emas_to_params(self) -> None:
         """Swap the parameters with their averages."""
@@ -326,7 +391,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 # Which small leaves can be joined is known at the first step, when there are gradients.
                 self._units[i] = (None, built[1]) if self.transform(group).elementwise else built
             else:
-                self.transform(group)  # raises for an option out of range
+                self._checked(group)
 
 
 @cache

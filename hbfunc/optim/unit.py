@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from hbfunc import utils
+from hbfunc.optim import guard
 from hbfunc.optim.compiled import Step, compiled, in_place_step
 from hbfunc.optim.joined import Joined
-from hbfunc.optim.state import Place, hyper_names, hyper_places, nested, per_parameter, places
+from hbfunc.optim.state import Place, hyper_names, hyper_places, nested, places
 from hbfunc.transform import Leaves, Transform, compute_dtype
 
 Refresh = Callable[[int], "bool | str"]  # step, from 1 -> what `update(..., refresh=)` is given there
@@ -23,12 +24,18 @@ class Unit:
     """Those of a param group, or a single one for foreach=False.
 
     double: the hyperparameters are float64, as they are for a group of which some parameters are float64.
-    joined: the leaves that the transform is to see as one.
+    joined: the leaves that the transform is to see as one. nonfinite: the policy, see `guard`.
     """
 
     def __init__(
-        self, transform: Transform, leaves: Leaves, double: bool = False, joined: Sequence[Joined] = ()
+        self,
+        transform: Transform,
+        leaves: Leaves,
+        double: bool = False,
+        joined: Sequence[Joined] = (),
+        nonfinite: str = "propagate",
     ) -> None:
+        transform = guard.guarded(transform, nonfinite)
         self.transform, self.paths, self.params = transform, list(leaves), list(leaves.values())
         inside = {path for join in joined for path in join.members}
         seen: dict[str, tuple[Tensor, int | Joined]] = {join.path: (join.gathered(), join) for join in joined}
@@ -39,7 +46,7 @@ class Unit:
         self.joined = tuple(joined)
         state = transform.init(flat)
         layout = {} if transform.layout is None else transform.layout(flat)
-        views = per_parameter(state, layout, self.flat_paths)
+        views = guard.views(state, layout, self.flat_paths, nonfinite)
         for join in joined:
             views |= join.views(views.pop(join.path))
         self.views = {path: views[path] for path in self.paths}
@@ -50,14 +57,17 @@ class Unit:
             (name, [self.shown[path] for path in paths], [self.views[path][name] for path in paths])
             for name, paths in having.items()
         ]
+        found = dict(hyper_places(state))
+        self.agreed = found.pop(guard.AGREED) if nonfinite == "skip" else None
         self.hyper = {
-            place: x.to(torch.float64) if double and x.is_floating_point() else x for place, x in hyper_places(state)
+            place: x.to(torch.float64) if double and x.is_floating_point() else x for place, x in found.items()
         }
         self.names = hyper_names(self.hyper)
-        self.tensors = dict(places(state)) | self.hyper
+        self.tensors = dict(places(state)) | self.hyper | ({} if self.agreed is None else {guard.AGREED: self.agreed})
         self.values: dict[Place, Any] = {}  # of the hyperparameters that are Python numbers, as last written
         self.schedule: tuple[dict[str, Any], Refresh] | None = None
         self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
+        self.counted: Callable[[], list[int]] | None = None  # reads them, where steps may be skipped
         self.steps: dict[Any, Step] = {}
 
     def shown_in(self, alive: set[int]) -> bool:
@@ -79,6 +89,15 @@ class Unit:
             elif self.values.get(place) != value:
                 tensor.fill_(value)
                 self.values[place] = value
+
+    def agree(self, ok: Tensor | None) -> None:
+        """Before a step that may be skipped: whether all units that skip with this one have finite gradients. None:
+        it is the only one, and judges its own."""
+        assert self.agreed is not None
+        if ok is None:
+            self.agreed.fill_(True)
+        else:
+            self.agreed.copy_(ok)
 
     def whole(self) -> bool:
         """Whether of every joined leaf either all parameters have a gradient or none has."""
@@ -106,7 +125,9 @@ class Unit:
             )
             self.steps[key] = compiled(step, mode, utils.dynamic, self.params[0].device)
         self._run(self.steps[key], given, products or ())
-        if self.counts:
+        if self.counted:
+            self.counted = guard.later(torch.stack(self._count_tensors()))
+        elif self.counts:
             for i in present:
                 self.counts[i] += 1
 
@@ -128,11 +149,19 @@ class Unit:
         """Whether this step refreshes: known here if all parameters are at one count, None to decide in the graph."""
         if schedule is None:
             return None
-        if not self.counts:
-            counts = {place[-1]: t for place, t in self.tensors.items() if len(place) > 2 and place[-2] == "count"}
-            self.counts = [int(counts[path]) for path in self.paths]
+        if not self.counts and any("inner" in place for place in self.tensors):
+            # A transform around another one may not pass every step on: its counts are read one step later.
+            self.counted = guard.later(torch.stack(self._count_tensors()))
+        if self.counted:
+            self.counts = self.counted()
+        elif not self.counts:
+            self.counts = [int(t) for t in self._count_tensors()]
         decisions = {schedule(t) for t in {self.counts[i] + 1 for i in self.present()}}
         return decisions.pop() if len(decisions) == 1 else None
+
+    def _count_tensors(self) -> list[Tensor]:
+        counts = {place[-1]: t for place, t in self.tensors.items() if len(place) > 2 and place[-2] == "count"}
+        return [counts[path] for path in self.paths]
 
     def probes(self, refresh: bool | str | None) -> dict[Tensor, Tensor]:
         """The vectors that this step will ask Hessian-vector products of, by parameter: a rehearsal, until it asks."""

@@ -33,6 +33,7 @@ class FromTransform(WithCurvature):
     params: as in torch.optim; `named_parameters()` where the transform looks at paths (`partition`, `masked`).
     foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once.
     curvature: for a transform that wants Hessian-vector products; see `step`.
+    nonfinite: "propagate", "skip", "skip_leaf" or "raise", see `StatefulOptimizer`.
     Raises TypeError for a transform that is none.
     """
 
@@ -44,8 +45,10 @@ class FromTransform(WithCurvature):
         foreach: bool = True,
         use_ema: bool | None = None,
         curvature: bool = False,
+        nonfinite: str = "propagate",
     ) -> None:
-        super().__init__(params, {"transform": transform, "curvature": curvature}, foreach, use_ema, seed=0)
+        defaults = {"transform": transform, "curvature": curvature, "nonfinite": nonfinite}
+        super().__init__(params, defaults, foreach, use_ema, seed=0)
 
     def transform(self, group: dict[str, Any]) -> Transform:
         """The transform of a param group."""
@@ -101,6 +104,7 @@ class MatricesTo(FromTransform):
         foreach: bool = True,
         use_ema: bool | None = None,
         curvature: bool = False,
+        nonfinite: str = "propagate",
     ) -> None:
         pairs = list(named_params)
         if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
@@ -110,7 +114,7 @@ class MatricesTo(FromTransform):
             {"params": [pair for pair in pairs if chosen(*pair)], "transform": matrices},
             {"params": [pair for pair in pairs if not chosen(*pair)], "transform": adamw() if rest is None else rest},
         ]
-        super().__init__(groups, foreach=foreach, use_ema=use_ema, curvature=curvature)
+        super().__init__(groups, foreach=foreach, use_ema=use_ema, curvature=curvature, nonfinite=nonfinite)
 
 
 def with_lr(inner: Transform) -> Transform:

@@ -29,6 +29,15 @@ _SCHEDULES = (
 )
 
 
+_INF = float("inf")
+_RANGES = {  # of hyperparameters: from, to, and whether each end is left out
+    **dict.fromkeys(("lr", "eps", "weight_decay", "mars_gamma", "beta2_scale", "precond_lr"), (0, _INF, False, True)),
+    **dict.fromkeys(("beta", "beta1", "beta2", "shampoo_beta"), (0, 1, False, True)),
+    "precond_init_scale": (0, _INF, True, True),
+    "preconditioner_update_probability": (0, 1, False, False),
+}
+
+
 def around(
     scale_by: Callable[..., Transform],
     lr: Number,
@@ -53,6 +62,7 @@ def around(
 
     hold_first: the rule's first step moves nothing, so neither does weight decay.
     """
+    check_flags(mars=mars, caution=caution, palm=palm, caution_scaling=caution_scaling)
 
     def rule(
         lr: Number,
@@ -96,7 +106,7 @@ def after(update_clipping: Clipping, caution: bool, caution_scaling: bool) -> li
 
 def numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any, mars_gamma: Any, beta2_scale: Any) -> dict[str, Any]:
     """The hyperparameters that the first-order recipes share, by their names in the state."""
-    if len(betas) != 2:
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
         raise ValueError(f"betas={betas!r}: expected two numbers")
     first, second = betas
     values = {"lr": lr, "beta1": first, "beta2": second, "eps": eps, "weight_decay": weight_decay}
@@ -108,5 +118,19 @@ def number(name: str, value: Any) -> Any:
     """Ints become floats, so that weight_decay=0 is a number of the state and not a choice."""
     if callable(value) and name not in _SCHEDULES:
         raise TypeError(f"{name}={value!r}: expected a number; schedules are for {', '.join(_SCHEDULES)}")
-    check_number(name, value, float("-inf"), float("inf"))
+    check_value(name, value)
     return float(value) if isinstance(value, int) else value
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raise ValueError or TypeError unless `value` may be the hyperparameter of that name: its range is known, or else
+    is the finite numbers. Schedules, and the values of tensors, are not looked at."""
+    low, high, open_low, open_high = _RANGES.get(name, (-_INF, _INF, True, True))
+    check_number(name, value, low, high, open_low=open_low, open_high=open_high)
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise TypeError for what is no bool: "False", say, would mean True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: expected True or False")

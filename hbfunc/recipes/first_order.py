@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes.common import Clipping, after, around, before, number, numbers
+from hbfunc.recipes.common import Clipping, after, around, before, check_flags, number, numbers
 from hbfunc.schedules import Number, palm_beta2, warmup
 from hbfunc.transform import Transform, chain
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
@@ -137,10 +137,10 @@ def sfadamw(
     seed: int | Tensor = 0,
 ) -> Transform:
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682). Evaluate at `schedule_free_eval_params`."""
-    if callable(betas[0]):
-        raise TypeError(
-            f"betas[0]={betas[0]!r}: Schedule-Free needs a number, not a schedule"
-        )
+    if isinstance(betas, Sequence) and betas and callable(betas[0]):
+        raise TypeError(f"betas[0]={betas[0]!r}: Schedule-Free needs a number, not a schedule")
+
+    check_flags(mars=mars, caution=caution, palm=palm, caution_scaling=caution_scaling)
 
     def rule(
         lr: Number,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hbfunc.recipes.common import Clipping, around
+from hbfunc.recipes.common import Clipping, around, check_flags
 from hbfunc.schedules import Number
 from hbfunc.transform import Transform, chain
 from hbfunc.transforms.adaptive import scale_by_laprop
@@ -46,6 +46,7 @@ def muon(
     """
     if palm:
         warnings.warn("palm=True has no effect in muon, which has no second moment: leave it out", stacklevel=2)
+    check_flags(nesterov=nesterov)
     momentum = nesterov_momentum if nesterov else heavyball_momentum
 
     def rule(beta1: Number, beta2: Number, eps: Any) -> Transform:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes.common import Clipping, after, before, number
+from hbfunc.recipes.common import Clipping, after, before, check_flags, number
 from hbfunc.schedules import Number, warmup
 from hbfunc.transform import Transform, chain
 from hbfunc.transforms.momentum import exp_avg
@@ -53,19 +53,23 @@ def psgd_kron(
     curvature: fit on Hessian-vector products, given to `update` as `curvature=` at every step: Newton's method.
     The others: see `scale_by_psgd`. A number for preconditioner_update_probability is in the state too.
     """
-    choices: dict[str, Any] = {
-        "max_size_triangular": max_size_triangular,
-        "min_ndim_triangular": min_ndim_triangular,
-        "memory_save_mode": memory_save_mode,
+    flags = {
         "momentum_into_precond_update": momentum_into_precond_update,
         "merge_dims": merge_dims,
         "split": split,
         "store_triu_as_line": store_triu_as_line,
-        "q_dtype": q_dtype,
         "stochastic_schedule": stochastic_schedule,
         "delayed": delayed,
         "cached": cached,
         "curvature": curvature,
+    }
+    check_flags(**flags, mars=mars, caution=caution, exp_avg_input=exp_avg_input, caution_scaling=caution_scaling)
+    choices: dict[str, Any] = {
+        **flags,
+        "max_size_triangular": max_size_triangular,
+        "min_ndim_triangular": min_ndim_triangular,
+        "memory_save_mode": memory_save_mode,
+        "q_dtype": q_dtype,
         "seed": seed,
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hbfunc.recipes.common import Clipping, around, number
+from hbfunc.recipes.common import Clipping, around, check_flags, number
 from hbfunc.schedules import Number
 from hbfunc.transform import Transform
 from hbfunc.transforms.soap import scale_by_soap
@@ -53,6 +53,7 @@ def soap(
 
 def _recipe(arguments: dict[str, Any]) -> Transform:
     """Apart from `soap`: torch.compile reads locals() only in a function that shares no variable with a closure."""
+    check_flags(**{k: arguments[k] for k in _FLAGS})
     choices = {k: arguments[k] for k in (*_CHOICES, "seed")}
     options = {k: v for k, v in arguments.items() if k not in _CHOICES}
     options["shampoo_beta"] = number("shampoo_beta", options["shampoo_beta"])
@@ -65,16 +66,19 @@ def _recipe(arguments: dict[str, Any]) -> Transform:
     return around(rule, hold_first=True, **options)
 
 
-_CHOICES = (
-    "max_precond_dim",
+_FLAGS = (
     "merge_dims",
     "precondition_1d",
     "normalize_grads",
-    "data_format",
     "correct_bias",
     "split",
-    "precond_scheduler",
     "use_precond_schedule",
-    "inner",
     "stop_gradient",
+)
+_CHOICES = (
+    *_FLAGS,
+    "max_precond_dim",
+    "data_format",
+    "precond_scheduler",
+    "inner",
 )

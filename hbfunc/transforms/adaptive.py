@@ -27,7 +27,7 @@ def denominator(v: Tensor, eps: float | Tensor) -> Tensor:
 def check_adam(beta1: Number, beta2: Number, eps: float | Tensor) -> None:
     check_number("beta1", beta1, 0, 1, open_high=True)
     check_number("beta2", beta2, 0, 1, open_high=True)
-    check_number("eps", eps, 0, float("inf"))
+    check_number("eps", eps, 0, float("inf"), open_high=True)
 
 
 def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:

@@ -101,7 +101,7 @@ def clip_by(rule: str | Clip | Transform | None, argument: str = "gradient_clipp
         return rule
     if callable(rule):
         return _by_function(rule, argument)
-    if rule not in BY_NAME:
+    if not isinstance(rule, str) or rule not in BY_NAME:
         raise ValueError(f"{argument}={rule!r}: expected None, a function, or one of {', '.join(BY_NAME)}")
     return BY_NAME[rule]()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hbfunc import buckets
 from hbfunc.linalg import polar
-from hbfunc.transform import Leaves, State, Transform, transform
+from hbfunc.transform import Leaves, State, Transform, check_choice, transform
 
 METHODS = ("newtonschulz", "polar_express", "svd", "qr")
 
@@ -20,8 +20,7 @@ def orthogonalize(method: str = "newtonschulz") -> Transform:
     method: "newtonschulz", "polar_express" or "svd", see `hbfunc.linalg.polar.orthogonalize`; "qr" is another name of
     "newtonschulz". Matrices of one shape go through one batched kernel. Raises ValueError for another method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, METHODS))}")
+    check_choice("method", method, METHODS)
 
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
         matrices = buckets.plan({k: u for k, u in updates.items() if u.ndim > 1}, merge=buckets.matrix_shape)

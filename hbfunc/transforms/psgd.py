@@ -32,7 +32,19 @@ from hbfunc.buckets import Bucket
 from hbfunc.linalg import kron
 from hbfunc.precision import round_each
 from hbfunc.schedules import Number, at, count_zeros, increment
-from hbfunc.transform import Flat, Layout, Leaves, State, Transform, check_number, compute_dtype, kept, transform
+from hbfunc.transform import (
+    Flat,
+    Layout,
+    Leaves,
+    State,
+    Transform,
+    check_choice,
+    check_int,
+    check_number,
+    compute_dtype,
+    kept,
+    transform,
+)
 
 Curvature = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -84,15 +96,15 @@ def scale_by_psgd(
     or was not announced.
     """
     newton = curvature  # `update` has an argument of that name
-    check_number("precond_lr", precond_lr, 0, float("inf"))
+    check_number("precond_lr", precond_lr, 0, float("inf"), open_high=True)
     check_number("precond_init_scale", precond_init_scale, 0, float("inf"), open_low=True, open_high=True)
     if preconditioner_update_probability is None:
         preconditioner_update_probability = update_probability
     check_number("preconditioner_update_probability", preconditioner_update_probability, 0, 1)
-    _check_int("max_size_triangular", max_size_triangular, 1)
-    _check_int("min_ndim_triangular", min_ndim_triangular, 0)
-    _check_choice("memory_save_mode", memory_save_mode, None, "one_diag", "all_diag")
-    _check_choice("q_dtype", q_dtype, "float32", "bfloat16")
+    check_int("max_size_triangular", max_size_triangular, 1)
+    check_int("min_ndim_triangular", min_ndim_triangular, 0)
+    check_choice("memory_save_mode", memory_save_mode, (None, "one_diag", "all_diag"))
+    check_choice("q_dtype", q_dtype, ("float32", "bfloat16"))
 
     def plan(params: Flat) -> dict[str, Factors]:
         """Leaves of few dims have buckets of their own: they are diagonal, and merging can give others their shape."""
@@ -405,13 +417,3 @@ def _check_extras(refresh: Any, curvature: Curvature | None, newton: bool) -> No
         raise ValueError("curvature=None: expected v -> Hessian-vector product, as curvature=True announced")
     if not newton and curvature is not None:
         raise ValueError("curvature: got a function, but the factors are fitted on gradients; announce curvature=True")
-
-
-def _check_int(name: str, value: Any, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}={value!r}: expected an int of at least {low}")
-
-
-def _check_choice(name: str, value: Any, *choices: str | None) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")

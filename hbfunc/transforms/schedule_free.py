@@ -25,7 +25,7 @@ def schedule_free(
     w = |lr|^weight_lr_power * max(t, 1)^r; W += w; c = w / W
     y <- lerp(y, z, c) + u * lr * (beta1 * (1 - c) - 1); z <- z - lr * u; z_0 = p_0
     """
-    check_number("lr", lr, float("-inf"), float("inf"))
+    check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
     check_number("beta1", beta1, 0, 1, open_low=True, open_high=True)
 
     def init(params: Leaves) -> State:
@@ -72,7 +72,7 @@ def _moved(state: State, params: Tree, beta1: Any, move: Callable[[Tensor, Tenso
         raise ValueError("state holds no Schedule-Free average: expected the state of sfadamw or of schedule_free")
     if beta1 is None:
         raise ValueError("beta1 is not in the state: pass the beta1 of the schedule_free transform")
-    flat, back = flat_params(params)
+    flat, back = flat_params(params, elementwise=True)
     moved = {}
     for k, p in flat.items():
         dtype = compute_dtype(p)

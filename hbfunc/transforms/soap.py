@@ -22,7 +22,19 @@ from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
 from hbfunc.linalg import eigenbasis as bases
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, materialize
-from hbfunc.transform import Flat, Layout, Leaves, State, Transform, check_number, compute_dtype, kept, transform
+from hbfunc.transform import (
+    Flat,
+    Layout,
+    Leaves,
+    State,
+    Transform,
+    check_choice,
+    check_int,
+    check_number,
+    compute_dtype,
+    kept,
+    transform,
+)
 from hbfunc.transforms.adaptive import check_adam, denominator, ema
 
 Refresh = bool | str | None
@@ -320,15 +332,12 @@ def _put(state: State, stacks: dict[str, Stacks], rows: dict[str, tuple[int, ...
 
 
 def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, inner: str, scheduler: Any) -> None:
-    for what, value in (("precondition_frequency", frequency), ("max_precond_dim", max_precond_dim)):
-        tensor = isinstance(value, Tensor) and what == "precondition_frequency"
-        if not tensor and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{what}={value!r}: expected a positive int")
-    for what, choice, choices in (
-        ("data_format", data_format, ("channels_first", "channels_last")),
-        ("inner", inner, ("adam", "laprop")),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{what}={choice!r}: expected one of {', '.join(map(repr, choices))}")
-    if len(scheduler) != 2:
+    if not isinstance(frequency, Tensor):
+        check_int("precondition_frequency", frequency, 1)
+    check_int("max_precond_dim", max_precond_dim, 1)
+    check_choice("data_format", data_format, ("channels_first", "channels_last"))
+    check_choice("inner", inner, ("adam", "laprop"))
+    if not isinstance(scheduler, Sequence) or isinstance(scheduler, str) or len(scheduler) != 2:
         raise ValueError(f"precond_scheduler={scheduler!r}: expected two numbers, power and base")
+    for number in scheduler:
+        check_number("precond_scheduler", number, 0, float("inf"), open_low=True, open_high=True)

@@ -12,13 +12,13 @@ from hbfunc.transform import Leaves, State, Transform, check_number, compute_dty
 
 def add_decayed_weights(weight_decay: Number = 0.0) -> Transform:
     """u + weight_decay * p. Before `scale_by_learning_rate` this is decoupled decay (Loshchilov & Hutter 2019)."""
-    check_number("weight_decay", weight_decay, 0, float("inf"))
+    check_number("weight_decay", weight_decay, 0, float("inf"), open_high=True)
     return _scaled("add_decayed_weights", weight_decay, lambda u, p, decay: u + decay * p.to(compute_dtype(p)))
 
 
 def scale_by_learning_rate(lr: Number = 1e-3) -> Transform:
     """-lr * u: the updates point downhill from here on."""
-    check_number("lr", lr, float("-inf"), float("inf"))
+    check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
     return _scaled("scale_by_learning_rate", lr, lambda u, p, lr: -lr * u)
 
 
