@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from hbfunc.linalg import kron, modes
+from hbfunc.linalg import kron, modes, triangular
 from hbfunc.linalg.eigenbasis import eigenbasis, outer_product, project, project_back, refresh
 from hbfunc.linalg.polar import orthogonalize
 
@@ -287,19 +287,25 @@ def test_damp_is_relative_to_each_tensor_of_the_stack():
     assert not kron.damp(torch.zeros(2, 3), randn(2, 3)).any()
 
 
+def norm_lower_bound(x):
+    """Of x^T x, given as a sum of two Gram matrices."""
+    parts = [x[..., :2, :], x[..., 2:, :]]
+    return kron.norm_lower_bound(parts, triangular.upper_gram(x))
+
+
 def test_norm_lower_bound():
-    x = randn(4, 6, 9)
-    m = x @ x.mT
-    bound = kron.norm_lower_bound(m)
+    x = randn(4, 9, 6)
+    m = x.mT @ x
+    bound = norm_lower_bound(x)
     for i in range(4):
         close(bound[i].item(), oracles.norm_lower_bound(m[i].numpy()))
     true = torch.linalg.matrix_norm(m, 2)
     assert (bound <= true * (1 + 1e-12)).all()
     assert (bound >= m.norm(dim=-2).amax(-1)).all()
-    close(kron.norm_lower_bound(2 * x[..., :1] @ x[..., :1].mT), 2 * x[..., 0].square().sum(-1))  # rank 1: exact
+    close(norm_lower_bound(x[:, :1]), x[:, 0].square().sum(-1))  # rank 1: exact
     for scale in (1e-30, 1e30):
-        close(kron.norm_lower_bound(m.float() * scale) / scale, bound.float(), 1e-5)
-    assert kron.norm_lower_bound(torch.zeros(2, 3, 3)).tolist() == [0, 0]
+        close(norm_lower_bound(x.float() * scale**0.5) / scale, bound.float(), 1e-5)
+    assert norm_lower_bound(torch.zeros(2, 3, 3)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("diagonal", [[False, False], [True, False], [True, True]])
@@ -355,3 +361,24 @@ def test_kron_lanes_and_derivative():
     lanes_agree(everything, q, d, g, v)
     inputs = [x.requires_grad_() for x in (q, d, g, v)]
     assert gradcheck(everything, inputs)
+
+
+@pytest.mark.parametrize("n", [5, 12, 23])
+def test_products_in_blocks(n, monkeypatch):
+    """Every number of blocks, of unequal lengths too, gives what the whole product gives."""
+    monkeypatch.setattr(triangular, "_BLOCK", 5)
+    assert len(triangular.blocks(n)) == n // 5
+    assert [i for at in triangular.blocks(n) for i in range(at.start, at.stop)] == list(range(n))
+    x, y, q = randn(2, 7, n), randn(2, 4, n, seed=1), randn(2, n, n, seed=2).triu()
+    close(triangular.times_upper(x, q), x @ q, 1e-13)
+    close(triangular.times_upper_transposed(x, q), x @ q.mT, 1e-13)
+    gram = x.mT @ x + y.mT @ y
+    parts = [a + b for a, b in zip(triangular.upper_gram(x), triangular.upper_gram(y), strict=True)]
+    for at, part in zip(triangular.blocks(n), parts, strict=True):
+        close(part, gram[..., at, at.start :], 1e-13)
+    close(triangular.column_norms(parts), gram.norm(dim=-2), 1e-13)
+    upper = [part.triu() for part in parts]
+    close(triangular.minus_upper_times(q, upper), q - gram.triu() @ q, 1e-12)
+    bound = kron.norm_lower_bound([x, y], parts)
+    for i in range(2):
+        close(bound[i].item(), oracles.norm_lower_bound(gram[i].numpy()))

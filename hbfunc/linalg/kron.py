@@ -18,7 +18,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hbfunc.linalg.modes import map_rows, multiply, outer_product, rows
+from hbfunc.linalg.modes import map_rows, multiply, rows
+from hbfunc.linalg.triangular import (
+    column_norms,
+    minus_upper_times,
+    times_upper,
+    times_upper_transposed,
+    upper_gram,
+)
 
 # Step sizes are relative to the curvature met. Where all gradients are zero the factors grow, and the curvature falls;
 # with this floor they stop where P is still finite in float32.
@@ -32,12 +39,16 @@ def apply(qs: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def gram(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
     """The factors Q^T Q of P (diagonal: q^2), for `apply_gram`."""
-    return [q * q if _is_diagonal(q, lead) else q.transpose(-2, -1) @ q for q in qs]
+    return [q * q if _is_diagonal(q, lead) else times_upper(q.transpose(-2, -1), q) for q in qs]
 
 
 def apply_gram(ps: Sequence[Tensor], x: Tensor) -> Tensor:
     """`apply` from the factors that `gram` made."""
-    return _whiten(ps, x)
+    lead = x.ndim - len(ps)
+    for mode, p in enumerate(ps):
+        if _is_diagonal(p, lead):
+            x = x * _along(p, mode, len(ps))
+    return multiply(x, [None if _is_diagonal(p, lead) else p for p in ps])
 
 
 def damp(g: Tensor, noise: Tensor, lead: int = 1) -> Tensor:
@@ -58,18 +69,31 @@ def fit(qs: Sequence[Tensor], g: Tensor, v: Tensor, precond_lr: float | Tensor) 
     return [_step(q, a, b, mode, len(qs), precond_lr, _is_diagonal(q, lead)) for mode, q in enumerate(qs)]
 
 
-def norm_lower_bound(m: Tensor) -> Tensor:
-    """A lower bound of the spectral norms of m [..., n, n], shape [...], within sqrt(n) of them and mostly tight.
+def norm_lower_bound(xs: Sequence[Tensor], parts: list[Tensor]) -> Tensor:
+    """A lower bound of the spectral norms of m = sum of x^T x over xs [..., r, n], shape [...], within sqrt(n) of them
+    and mostly tight.
 
     One pass of power iteration from the largest column, on m scaled by its largest entry. Zero gives zero.
+    parts: m, as `upper_gram` gives it.
     """
-    largest = m.abs().amax((-2, -1), keepdim=True)
-    m = m / largest.clamp(min=torch.finfo(m.dtype).tiny)
-    index = torch.linalg.vector_norm(m, dim=-2, keepdim=True).argmax(-1, keepdim=True)
-    column = m.gather(-1, index.expand(*m.shape[:-1], 1))
-    y = m.transpose(-2, -1) @ column
-    y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
-    return (largest * torch.linalg.vector_norm(m @ y, dim=-2, keepdim=True))[..., 0, 0]
+    tiny = torch.finfo(xs[0].dtype).tiny
+    # The largest entry of a Gram matrix is on its diagonal.
+    largest = torch.cat([part.diagonal(0, -2, -1) for part in parts], -1).amax(-1)[..., None, None]
+    scale = largest.clamp(min=tiny)
+    index = column_norms([part / scale for part in parts]).argmax(-1)[..., None, None]
+    root = scale.sqrt()
+    xs = [x / root for x in xs]
+    column = _gram_times(xs, [x.gather(-1, index.expand(*x.shape[:-1], 1)) for x in xs])
+    y = _gram_times(xs, [x @ column for x in xs])
+    y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp(min=tiny)
+    m_y = _gram_times(xs, [x @ y for x in xs])
+    return (largest * torch.linalg.vector_norm(m_y, dim=-2, keepdim=True))[..., 0, 0]
+
+
+def _gram_times(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """The sum of x^T y over the pairs."""
+    first, second = (x.transpose(-2, -1) @ y for x, y in zip(xs, ys, strict=True))
+    return first + second
 
 
 def balance(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
@@ -99,14 +123,10 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 def _whiten(qs: Sequence[Tensor], x: Tensor, transposed: bool = False) -> Tensor:
     """kron(Q) x, or kron(Q^T) x."""
     lead = x.ndim - len(qs)
-    matrices: list[Tensor | None] = []
+    times = times_upper if transposed else times_upper_transposed
     for mode, q in enumerate(qs):
-        if _is_diagonal(q, lead):
-            x = x * _along(q, mode, len(qs))
-            matrices.append(None)
-        else:
-            matrices.append(q if transposed else q.transpose(-2, -1))
-    return multiply(x, matrices)
+        x = x * _along(q, mode, len(qs)) if _is_diagonal(q, lead) else map_rows(partial(times, q=q), x, mode, len(qs))
+    return x.contiguous()
 
 
 def _unwhiten(qs: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -125,9 +145,10 @@ def _step(q: Tensor, a: Tensor, b: Tensor, mode: int, order: int, lr: float | Te
     if diagonal:
         t1, t2 = rows(a, mode, order).square().sum(-2), rows(b, mode, order).square().sum(-2)
         return q - lr * (t1 - t2) * q / (t1 + t2).amax(-1, keepdim=True).clamp(min=_SMALLEST)
-    t1, t2 = outer_product(a, mode, order), outer_product(b, mode, order)
-    norm = norm_lower_bound(t1 + t2).clamp(min=_SMALLEST)[..., None, None]
-    return q - lr * ((t1 - t2).triu() / norm) @ q
+    ra, rb = rows(a, mode, order), rows(b, mode, order)
+    pairs = list(zip(upper_gram(ra), upper_gram(rb), strict=True))  # of T1 and T2
+    norm = norm_lower_bound([ra, rb], [t1 + t2 for t1, t2 in pairs]).clamp(min=_SMALLEST)[..., None, None]
+    return minus_upper_times(q, [lr * ((t1 - t2).triu() / norm) for t1, t2 in pairs])
 
 
 def _along(q: Tensor, mode: int, order: int) -> Tensor:

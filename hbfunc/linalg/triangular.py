@@ -1,0 +1,55 @@
+"""Products with triangular factors or symmetric results, in blocks of columns: what is zero or known is not computed.
+
+With n / 192 blocks they need little more than half of the multiplications. Matrices are stacks [..., n, n]; those of
+fewer than 384 rows are multiplied whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 192  # columns; smaller blocks save more multiplications, and run at a lower rate
+
+
+def blocks(n: int) -> list[slice]:
+    """n columns, in ranges of nearly equal length."""
+    count = max(n // _BLOCK, 1)
+    ends = [n * i // count for i in range(count + 1)]
+    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def times_upper(x: Tensor, q: Tensor) -> Tensor:
+    """x q for x [..., r, n] and upper triangular q [..., n, n]."""
+    return _joined([x[..., : at.stop] @ q[..., : at.stop, at] for at in blocks(q.shape[-1])], -1)
+
+
+def times_upper_transposed(x: Tensor, q: Tensor) -> Tensor:
+    """x q^T for x [..., r, n] and upper triangular q [..., n, n]."""
+    parts = [x[..., at.start :] @ q[..., at, at.start :].transpose(-2, -1) for at in blocks(q.shape[-1])]
+    return _joined(parts, -1)
+
+
+def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
+    """q - t q for upper triangular q and t [..., n, n], of which `parts` has the rows that `upper_gram` gives."""
+    pairs = zip(blocks(q.shape[-1]), parts, strict=True)
+    return _joined([q[..., at, :] - t @ q[..., at.start :, :] for at, t in pairs], -2)
+
+
+def upper_gram(rows: Tensor) -> list[Tensor]:
+    """rows^T rows for rows [..., r, n], for each block of columns its rows, from the diagonal to the right."""
+    columns = rows.transpose(-2, -1)
+    return [columns[..., at, :] @ rows[..., at.start :] for at in blocks(rows.shape[-1])]
+
+
+def column_norms(parts: list[Tensor]) -> Tensor:
+    """Norms of the columns of a symmetric matrix, from what `upper_gram` gives of it: [..., n]."""
+    n = parts[0].shape[-1]
+    squares = [part.square() for part in parts]
+    above = [torch.nn.functional.pad(x.sum(-2), (at.start, 0)) for at, x in zip(blocks(n), squares, strict=True)]
+    right = [x[..., x.shape[-2] :].sum(-1) for x in squares]  # which are the entries below the diagonal block, mirrored
+    return (torch.stack(above).sum(0) + _joined(right, -1)).sqrt()
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
