@@ -267,7 +267,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 def check_int(name: str, value: Any, low: int) -> None:
     """Raise ValueError unless `value` is an int of at least `low`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}={value!r}: expected an int of at least {low}")
+        raise ValueError(f"{name}={value!r}: expected {'a positive int' if low == 1 else f'an int of at least {low}'}")
 
 
 def check_number(
