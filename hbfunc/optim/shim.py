@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hbfunc import nonfinite, utils
+from hbfunc import nonfinite, random, utils
 from hbfunc.optim import checkpoint
 from hbfunc.optim.checkpoint import EMA
 from hbfunc.optim.guard import fitting, guarded
@@ -25,7 +25,7 @@ from hbfunc.optim.state import adopt
 from hbfunc.optim.unit import Refresh, Unit
 from hbfunc.recipes.common import check_flags, check_value
 from hbfunc.schedules import ema_weight
-from hbfunc.transform import Leaves, Transform, as_real, check_dtype, compute_dtype
+from hbfunc.transform import Leaves, Transform, as_real, check_dtype
 from hbfunc.transforms.adaptive import ema
 
 
@@ -345,7 +345,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Raise for an option of a group that is out of range, and a parameter that its transform cannot step."""
         for name, p in zip(names, group["params"], strict=True):
             check_dtype(name, p, elementwise=True)
-        check_flags(**{k: group[k] for k in ("foreach", "train_mode") if k in group})
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise ValueError(f"param_names={names!r}: expected different strings")
+        check_flags(**{k: group[k] for k in ("foreach", "train_mode", "curvature") if k in group})
+        random.key(group["seed"])  # raises for what is none
         tx = self.transform(group)
         guarded(tx, group["nonfinite"])
         for name, p in zip(names, group["params"], strict=True):
@@ -364,7 +367,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _move_averages(self, moved: Mapping[Tensor, Tensor]) -> None:
         """`ema_update`, but for the parameters whose step was skipped."""
         for p, state in self.state.items():
-            now = p.to(p.dtype if p.is_complex() else compute_dtype(p))
+            now = p.to(checkpoint.average_dtype(p))
             if "ema" not in state:
                 state["ema"] = now.clone()
                 state["ema_count"] = torch.zeros((), dtype=torch.int64, device=p.device)
@@ -409,6 +412,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Raises ValueError or TypeError for a state dict that does not fit, of another class, shape or key, and leaves
         the optimizer as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is {type(state_dict).__name__}, expected a dict")
         before = {"state": self.state, "param_groups": self.param_groups, "_units": self._units}
         hold = self.register_load_state_dict_pre_hook(checkpoint.hold)  # last in line: a user's hooks see tensors
         try:
@@ -432,12 +437,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
         ]
         super().__setstate__({"state": checkpoint.released(state["state"]), "param_groups": groups, "_units": {}})
         for i, group in enumerate(groups):
+            self._checked(group, self._names(i))
             if any(self.state.get(p) for p in group["params"]):
                 built = self._built(i, group)  # raises for a state that does not fit
                 # Which small leaves can be joined is known at the first step, when there are gradients.
                 self._units[i] = (None, built[1]) if self.transform(group).elementwise else built
-            else:
-                self._checked(group, self._names(i))
 
 
 @cache
