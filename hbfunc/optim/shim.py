@@ -91,6 +91,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
         self._pairs: dict[Tensor, Tensor] = {}  # complex parameters, seen as reals
+        self._new: list[Tensor] = []  # whose state this step has made
         self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
         super().__init__(params, defaults)
 
@@ -173,6 +174,16 @@ class StatefulOptimizer(torch.optim.Optimizer):
         than its parameter and for a hyperparameter out of range.
         """
         loss = self.evaluate(closure)
+        self._new = []
+        try:
+            self._advance_all()
+        except BaseException:
+            for p in self._new:  # that had no state before
+                self.state.pop(p, None)
+            raise
+        return loss
+
+    def _advance_all(self) -> None:
         for p in self._pairs:
             self._leaf(p)
         for i, group in enumerate(self.param_groups):
@@ -183,7 +194,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group)]
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group), self.check_hyperparameter)
-        decisions = [unit.due(self.refresh(group, unit)) for group, unit in work]
+        # Without values (on the meta device) nobody can tell, and nothing is to be refreshed.
+        decisions = [not unit.params[0].is_meta and unit.due(self.refresh(group, unit)) for group, unit in work]
         products = self.products(work, decisions)
         moved = self._judge(work, products) if policies != {"propagate"} else {}
         steps = list(zip([unit for _, unit in work], decisions, products, strict=True))
@@ -192,13 +204,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
         with uninterrupted():
             for unit, decision, product in steps:
                 self.advance(unit, decision, product)
+                self._new = []
                 for p in unit.params:
                     p.grad = None
             if self.use_ema:
                 self._move_averages(moved)
             for p in (*self._pairs.values(), *(p for group in self.param_groups for p in group["params"])):
                 p.grad = None
-        return loss
 
     def _rehearse(self, steps: list[tuple[Unit, Any, list[Tensor] | None]]) -> None:
         """Meet what the steps would raise before any of them writes."""
@@ -308,6 +320,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.paths if k in held}
             adopt(unit.views, {k: fitting(v, unit.views[k]) for k, v in values.items() if v})
         for unit in units:
+            self._new += [owners[k] for k in unit.paths if k not in held]
             for k in unit.paths:
                 unit.shown[k].update({n: x for n, x in held.get(k, {}).items() if n in EMA})
                 self.state[owners[k]] = unit.shown[k]
@@ -429,7 +442,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
-            super().__setstate__({**state, "_units": {}, "_apart": set(), "_pairs": {}})
+            super().__setstate__({**state, "_units": {}, "_apart": set(), "_pairs": {}, "_new": []})
             return
         groups = [
             checkpoint.merged(mine, loaded, f"param_groups[{i}]")
