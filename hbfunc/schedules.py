@@ -41,7 +41,8 @@ def warmup(value: Number, steps: int) -> Number:
     check_number("warmup_steps", steps, 0, float("inf"), open_high=True)
     if isinstance(steps, (int, float)) and steps == 0:
         return value
-    return lambda t: at(value, t) * torch.clamp(t / steps, max=1)
+    length = float(steps) if isinstance(steps, int) else steps  # torch takes no int of more than 64 bits
+    return lambda t: at(value, t) * torch.clamp(t / length, max=1)
 
 
 def palm_beta2(scale: Number = 0.8) -> Decay:

@@ -255,7 +255,7 @@ def zeros(params: Flat) -> dict[str, Tensor]:
     return {k: torch.zeros_like(p, dtype=compute_dtype(p)) for k, p in params.items()}
 
 
-_LARGEST = 2**1023  # of the ints that are floats
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -265,9 +265,9 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_int(name: str, value: Any, low: int) -> None:
-    """Raise ValueError unless `value` is an int of at least `low`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}={value!r}: expected an int of at least {low}")
+    """Raise ValueError unless `value` is an int of at least `low`, and of 64 bits."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
+        raise ValueError(f"{name}={value!r}: expected {'a positive int' if low == 1 else f'an int of at least {low}'}")
 
 
 def check_number(
@@ -288,6 +288,8 @@ def check_number(
             f"{name}={value!r}: expected a number, a 0-dim tensor or a schedule, got {type(value).__name__}"
         )
     inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-    if not inside or (isinstance(value, int) and abs(value) > _LARGEST):
+    if inside and _LARGEST < abs(value) < float("inf"):
+        raise ValueError(f"{name}={value!r}: expected a number that float32 can hold")
+    if not inside:
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise ValueError(f"{name}={value!r}: expected a number in {left}{low}, {high}{right}")

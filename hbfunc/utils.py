@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any, TypeVar
@@ -179,29 +180,36 @@ def fused_hook(parameters: Iterable[Any], optimizer: Callable[..., Any], *args: 
     listed = {p[1] if isinstance(p, tuple) else p: p for p in parameters}
     fused = optimizer(list(listed.values()), *args, **kwargs)
     every = frozenset(p for p in listed if p.requires_grad)
-    waiting, warned = set(every), list[bool]()
+    seen: dict[Tensor, weakref.ref[Tensor]] = {}  # the gradients that have arrived, to tell old ones from new
+    repeated, warned, passes = list[bool](), list[bool](), [-1]
 
     def ignored(self: Any, closure: Callable[[], Any] | None = None) -> None:
         warnings.warn("step() of a fused optimizer does nothing: it steps in the backward pass", stacklevel=2)
 
-    def step() -> None:
-        fused._opt_called = True  # what schedulers look for
-        type(fused).step(fused)
-        fused.zero_grad()
-        waiting.update(every)
-
     def arrived(p: Tensor) -> None:
-        if p not in waiting and waiting and not warned:
+        # An error may have ended the last pass, callback and all: so every pass has a callback of its own.
+        if passes[-1] != torch._C._current_graph_task_id():
+            passes[-1] = torch._C._current_graph_task_id()
+            torch.autograd.Variable._execution_engine.queue_callback(ended)
+        if p in seen and seen[p]() is p.grad:
+            repeated.append(True)
+        seen[p] = weakref.ref(p.grad)  # type: ignore[arg-type]
+
+    def ended() -> None:
+        missing = [p for p in every if p.grad is None]
+        if not missing:
+            seen.clear()
+            repeated.clear()
+            fused._opt_called = True  # what schedulers look for
+            type(fused).step(fused)
+            fused.zero_grad()
+        elif repeated and not warned:
             warned.append(True)
             warnings.warn(
-                f"a parameter got a second gradient before {len(waiting)} others, one of them of shape "
-                f"{tuple(next(iter(waiting)).shape)}, got a first: if they have none, leave them out of fused_hook",
+                f"a parameter got a second gradient before {len(missing)} others, one of them of shape "
+                f"{tuple(missing[0].shape)}, got a first: if they have none, leave them out of fused_hook",
                 stacklevel=2,
             )
-        if waiting == {p}:
-            # After this backward pass: gradients that parameters already have may still grow in it.
-            torch.autograd.Variable._execution_engine.queue_callback(step)
-        waiting.discard(p)
 
     fused.step = MethodType(ignored, fused)
     for p in every:

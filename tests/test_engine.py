@@ -163,7 +163,7 @@ def test_updates_unlike_params_raise_with_the_path(name: str) -> None:
 )
 def test_parameters_that_are_no_floating_tensors_raise_with_the_path(leaf: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        hbfunc.adamw().init({"a": [leaf]})
+        hbfunc.muon().init({"a": [leaf]})
 
 
 def test_two_leaves_at_one_path_raise() -> None:

@@ -501,7 +501,7 @@ def test_compile_step_false_does_not_compile(monkeypatch):
 
 def test_what_is_refused_leaves_the_groups_as_they_were():
     p = torch.nn.Parameter(torch.randn(2))
-    optimizer = hbfunc.AdamW([("p", p)])
+    optimizer = hbfunc.Muon([("p", p)])
     bad = {
         "complex64": [("c", torch.nn.Parameter(torch.randn(2, dtype=torch.complex64)))],
         "int64": [("i", torch.ones(2, dtype=torch.int64))],

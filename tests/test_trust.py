@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -377,3 +381,277 @@ def test_skips_are_decided_in_one_graph(monkeypatch):
                 torch.testing.assert_close(p.detach(), reference.params[k], rtol=1e-5, atol=1e-6)
         most = 3 if "SOAP" in name else 1  # "first", True and False
         assert all(len(unit.steps) <= most for _, units in optimizer._units.values() for unit in units)
+
+
+# -- by input: what happens -----------------------------------------------------------------------------------------
+# The table of docs/trust.md: a row per kind of input, a column per family of classes, every cell executed.
+
+FAMILIES = {
+    "AdamW": hbfunc.AdamW,
+    "SFAdamW": hbfunc.SFAdamW,
+    "Muon": hbfunc.Muon,
+    "SOAP": hbfunc.SOAP,
+    "PSGDKron": hbfunc.PSGDKron,
+}
+Cell = Callable[[Any], str]
+
+
+def P(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(shape, dtype=dtype, **options))
+
+
+def ramp(p: Tensor) -> Tensor:
+    """A gradient without symmetries, of full rank for small matrices."""
+    return (torch.arange(p.numel(), device=p.device) ** 2 + 1.0).reshape(p.shape).to(p.dtype)
+
+
+def stepped(make: Callable[[], Any] = lambda: P(2, 2), grad: Any = ramp, **options: Any) -> Cell:
+    """The cell for a parameter like `make()`, beside an ordinary one, that gets `grad(p)` three times."""
+
+    def cell(cls: Any) -> str:
+        odd, plain = make(), P(2, 2)
+        optimizer = cls([("odd", odd), ("plain", plain)], **{"lr": 0.1, "weight_decay": 0.0, **options})
+        start = odd.detach().clone(), plain.detach().clone()
+        dtype = odd.dtype
+        for _ in range(3):
+            given = grad(odd)
+            if given is not odd.grad:  # it may be one that torch would not take
+                odd.grad = given
+            plain.grad = ramp(plain)
+            before = snapshot(optimizer)
+            try:
+                optimizer.step()
+            except Exception:
+                assert equal(snapshot(optimizer), before)
+                raise
+            assert odd.grad is None
+        assert odd.dtype == dtype
+        if odd.is_meta:
+            return "steps"
+        assert plain.isfinite().all()
+        if not odd.isfinite().all():
+            return "becomes NaN"
+        if torch.equal(plain, start[1]):
+            return "nothing moves"
+        return "is left as it is" if torch.equal(odd, start[0]) else "steps"
+
+    return cell
+
+
+def made(*params: Any, **options: Any) -> Cell:
+    """The cell for an optimizer that cannot be built."""
+
+    def cell(cls: Any) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of duplicate parameters
+            cls(list(params) or [P(2)], **options)
+        return "is accepted"
+
+    return cell
+
+
+def loaded(change: Callable[[dict[str, Any]], Any]) -> Cell:
+    """The cell for a state dict that `change` has changed."""
+
+    def cell(cls: Any) -> str:
+        source, target = (cls([P(2, 2), P(3)], lr=0.1, seed=i) for i in range(2))
+        for optimizer in (source, source, target):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = ramp(p)
+            optimizer.step()
+        held, before = copy.deepcopy(source.state_dict()), snapshot(target)
+        change(held)
+        try:
+            target.load_state_dict(held or [])
+        except Exception:
+            assert equal(snapshot(target), before)
+            raise
+        return "is loaded"
+
+    return cell
+
+
+def sparse(p: Tensor) -> Tensor:
+    return ramp(p).to_sparse()
+
+
+def as_type(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def grad(p: Tensor) -> Tensor:
+        p.grad = torch.ones_like(p)
+        p.grad.data = ramp(p).to(dtype)  # torch refuses p.grad = ...
+        return p.grad
+
+    return grad
+
+
+def of_shape(*shape: int) -> Callable[[Tensor], Tensor]:
+    def grad(p: Tensor) -> Tensor:
+        p.grad = torch.ones_like(p)
+        p.grad.data = torch.ones(shape)
+        return p.grad
+
+    return grad
+
+
+def with_nan(p: Tensor) -> Tensor:
+    return torch.where(ramp(p) == 1, NAN, ramp(p))
+
+
+def later_lr(value: Any) -> Cell:
+    def cell(cls: Any) -> str:
+        p = P(2, 2)
+        optimizer = cls([p], lr=0.1)
+        p.grad = ramp(p)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = value
+        p.grad = ramp(p)
+        before = snapshot(optimizer)
+        try:
+            optimizer.step()
+        except Exception:
+            assert equal(snapshot(optimizer)["state"], before["state"])
+            assert equal(snapshot(optimizer)["params"], before["params"])
+            raise
+        return "is accepted"
+
+    return cell
+
+
+def first_beta(cls: Any, value: float) -> dict[str, Any]:
+    return {"beta": value} if "PSGD" in cls.__name__ else {"betas": (value, 0.9)}
+
+
+def raising(us: list[Tensor]) -> list[Tensor]:
+    raise ArithmeticError("in a clipping function")
+
+
+def swap_states(held: dict[str, Any]) -> None:
+    held["state"][0], held["state"][1] = held["state"][1], held["state"][0]
+
+
+def poison(held: dict[str, Any]) -> None:
+    name = next(k for k, x in held["state"][1].items() if x.is_floating_point())
+    held["state"][1][name] = torch.full_like(held["state"][1][name], NAN)
+
+
+def uncount(held: dict[str, Any]) -> None:
+    for k in held["state"][1]:
+        if k.endswith("count"):
+            held["state"][1][k] = torch.tensor(-1)
+
+
+def at_step(cls: Any, closure: Any) -> str:
+    p = P(2, 2)
+    optimizer = cls([p])
+    p.grad = ramp(p)
+    before = snapshot(optimizer)
+    try:
+        optimizer.step(closure)
+    except Exception:
+        assert equal(snapshot(optimizer), before)
+        raise
+    return STEPS
+
+
+def outcome(cell: Cell, cls: Any) -> str:
+    try:
+        return cell(cls)
+    except FloatingPointError:
+        return FLOATING
+    except ArithmeticError:
+        return OWN
+    except (TypeError, ValueError) as error:
+        return f"`{type(error).__name__}`"
+
+
+def all_of(*cells: Cell) -> Cell:
+    """The outcome that they share."""
+    return lambda cls: " or ".join(sorted({outcome(cell, cls) for cell in cells}))
+
+
+TWICE = P(2)
+STEPS, LEFT, NOTHING = "steps", "is left as it is", "nothing moves"
+LOW = (torch.float64, torch.bfloat16, torch.float16)
+OWN = "its own error"
+TYPE, VALUE, FLOATING = "`TypeError`", "`ValueError`", "`FloatingPointError`"
+REAL_ONLY = {"AdamW": STEPS, "SFAdamW": STEPS, "Muon": TYPE, "SOAP": TYPE, "PSGDKron": TYPE}
+# Sections of the table: rows, each an input, its cell, and the outcome: one for all columns, or one for each.
+TABLE: dict[str, list[tuple[str, Cell, Any]]] = {
+    "a parameter": [
+        ("of no dims", stepped(lambda: P()), STEPS),
+        ("of one dim", stepped(lambda: P(3)), STEPS),
+        ("of four dims", stepped(lambda: P(2, 2, 1, 3)), STEPS),
+        ("without elements", stepped(lambda: P(0, 3)), LEFT),
+        ("float64, bfloat16 or float16", all_of(*(stepped(lambda d=d: P(2, 2, dtype=d)) for d in LOW)), STEPS),
+        ("complex (as pairs of real numbers)", stepped(lambda: P(2, 2, dtype=torch.complex64)), REAL_ONLY),
+        ("of integers", stepped(lambda: torch.ones(2, dtype=torch.int64)), TYPE),
+        ("on the meta device", stepped(lambda: P(2, 2, device="meta")), STEPS),
+        ("frozen (requires_grad=False)", stepped(lambda: P(2).requires_grad_(False), lambda p: None), LEFT),
+        ("that is no leaf", made(P(2) * 2), VALUE),
+        ("twice in a group", made(TWICE, TWICE), VALUE),
+        ("in two groups", made({"params": [TWICE]}, {"params": [TWICE]}), VALUE),
+        ("none at all", lambda cls: str(cls([])), VALUE),
+    ],
+    "a gradient": [
+        ("None", stepped(grad=lambda p: None), LEFT),
+        ("of zeros", stepped(grad=torch.zeros_like), LEFT),
+        ("with a NaN", stepped(grad=with_nan), "becomes NaN"),
+        ('with a NaN, `nonfinite="skip"`', stepped(grad=with_nan, nonfinite="skip"), NOTHING),
+        ('with a NaN, `nonfinite="skip_leaf"`', stepped(grad=with_nan, nonfinite="skip_leaf"), LEFT),
+        ('with a NaN, `nonfinite="raise"`', stepped(grad=with_nan, nonfinite="raise"), FLOATING),
+        ("sparse", stepped(grad=sparse), TYPE),
+        ("of another shape", stepped(grad=of_shape(3)), VALUE),
+        ("bfloat16 for float32", stepped(grad=as_type(torch.bfloat16)), STEPS),
+        ("of integers", stepped(grad=as_type(torch.int64)), TYPE),
+        ("complex for real", stepped(grad=as_type(torch.complex64)), TYPE),
+    ],
+    "an option": [
+        ("lr negative, inf or NaN", all_of(*(made(lr=x) for x in (-1e-3, math.inf, NAN, 1e39))), VALUE),
+        ("lr a string", made(lr="0.1"), TYPE),
+        ("lr NaN or negative, from a scheduler", all_of(later_lr(NAN), later_lr(-0.1)), VALUE),
+        ("lr a tensor that is no scalar", made(lr=torch.ones(2)), VALUE),
+        ("a beta of 1", lambda cls: made(**first_beta(cls, 1.0))(cls), VALUE),
+        ("weight_decay negative or NaN", all_of(made(weight_decay=-0.1), made(weight_decay=NAN)), VALUE),
+        ("warmup_steps negative", made(warmup_steps=-1), VALUE),
+        ('a flag that is no bool, `mars="False"`', made(mars="False"), TYPE),
+        ("gradient_clipping of no known name", made(gradient_clipping="l3_clip"), VALUE),
+        ("nonfinite of no known name", made(nonfinite="ignore"), VALUE),
+        ("of no known name", made(momentum=0.9), TYPE),
+    ],
+    "a state dict": [
+        ("of another class", loaded(lambda held: held["param_groups"][0].update(rule="lion")), VALUE),
+        ("of other shapes", loaded(swap_states), VALUE),
+        ("with a NaN", loaded(poison), VALUE),
+        ("with a negative count", loaded(uncount), VALUE),
+        ("with an unknown entry", loaded(lambda held: held["state"][0].update(extra=torch.ones(2))), VALUE),
+        ("that lacks an entry", loaded(lambda held: held["state"][1].popitem()), VALUE),
+        ("with a function", loaded(lambda held: held["param_groups"][0].update(lr=print)), TYPE),
+        ("with an option out of range", loaded(lambda held: held["param_groups"][0].update(weight_decay=-1.0)), VALUE),
+        ("without groups", loaded(lambda held: held.pop("param_groups")), VALUE),
+        ("that is none", loaded(lambda held: held.clear()), TYPE),
+    ],
+    "a user's code": [
+        ("a closure that raises", lambda cls: at_step(cls, closure=lambda: 1 / 0), OWN),
+        ("a clipping function that raises", stepped(gradient_clipping=raising), OWN),
+    ],
+}
+CELLS = {f"{section} {row}": (cell, expected) for section, rows in TABLE.items() for row, cell, expected in rows}
+
+
+@pytest.mark.parametrize("row", CELLS)
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_what_happens_by_input_and_class(row):
+    cell, expected = CELLS[row]
+    for family, cls in FAMILIES.items():
+        assert outcome(cell, cls) == (expected[family] if isinstance(expected, dict) else expected), family
+
+
+def test_the_table_in_the_documents_is_this_one():
+    lines = ["| | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
+    for section, rows in TABLE.items():
+        lines.append(f"| **{section}** |" + " |" * len(FAMILIES))
+        for row, _, expected in rows:
+            outcomes = [expected[family] if isinstance(expected, dict) else expected for family in FAMILIES]
+            lines.append(f"| {row} | " + " | ".join(outcomes) + " |")
+    page = Path(hbfunc.__file__).with_name("docs") / "trust.md"
+    assert "\n".join(lines) in page.read_text(encoding="utf-8"), "\n".join(lines)

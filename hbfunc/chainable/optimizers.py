@@ -160,9 +160,9 @@ class ChainOpt(StatefulOptimizer):
         double = any(p.dtype == torch.float64 for p in group["params"])
         return schedule.make(group, key=next(keys, None), dtype=torch.float64 if double else torch.float32, **options)
 
-    def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None) -> None:
+    def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None, rehearse: bool = False) -> None:
         try:
-            super().advance(unit, decision, products)
+            super().advance(unit, decision, products, rehearse)
         except torch._dynamo.exc.TorchDynamoException as error:
             names = [part.name for part in parts_of(self.fns) if part.own]
             if not names:
@@ -173,7 +173,7 @@ class ChainOpt(StatefulOptimizer):
                 stacklevel=2,
             )
             self.compile_step = False
-            super().advance(unit, decision, products)
+            super().advance(unit, decision, products, rehearse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "fns": self.fns, "compile_step": self.compile_step, "promote": self.promote}

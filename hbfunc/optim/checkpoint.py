@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbfunc.transform import Transform
+from hbfunc.optim.guard import COUNTERS
+from hbfunc.transform import Transform, compute_dtype
 
 EMA = ("ema", "ema_count")  # entries of `state[p]` that belong to the class, not to its transform
 _FUNCTION = "function "  # what state dicts have in place of one: this and its name
+_COUNTS = ("count", "ema_count", *COUNTERS)
+_MOST = 2**62
 
 
 class Held:
@@ -23,11 +26,15 @@ class Held:
 
 
 def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Put every state tensor where torch's load_state_dict does not look. Raises for what is no state dict."""
+    """Put every state tensor where torch's load_state_dict does not look. Raises for what is no state dict, and for
+    what a next step would spread: a NaN, a count that is none."""
     for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
         if not isinstance(state_dict.get(key), kind):
             raise ValueError(f"state_dict[{key!r}] is {type(state_dict.get(key)).__name__}, expected a state_dict()'s")
-    known = {p for i, group in enumerate(state_dict["param_groups"]) for p in _params(group, i)}
+    listed = [p for i, group in enumerate(state_dict["param_groups"]) for p in _params(group, i)]
+    known = set(listed)
+    if len(known) != len(listed):
+        raise ValueError("state_dict['param_groups'] lists a parameter twice, expected every one once")
     held = {}
     for p, entries in state_dict["state"].items():
         if p not in known:
@@ -35,7 +42,34 @@ def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
         if not isinstance(entries, Mapping):
             raise TypeError(f"state_dict['state'][{p!r}] is {type(entries).__name__}, expected a dict of tensors")
         held[p] = {k: Held(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
+    _check_values(state_dict)
     return {**state_dict, "state": held}
+
+
+def _check_values(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for a NaN anywhere, and for a count that is negative or about to overflow."""
+    found: list[tuple[str, Any, Tensor]] = []  # where, value, whether it is bad
+    for i, group in enumerate(state_dict["param_groups"]):
+        for k, v in group.items():
+            where = f"['param_groups'][{i}][{k!r}]"
+            for x in filter(torch.is_tensor, v if isinstance(v, (list, tuple)) else (v,)):
+                if x.is_meta or x.ndim:
+                    raise ValueError(f"state_dict{where} is of shape {tuple(x.shape)} on {x.device}, expected a number")
+                found.append((where, x, x.isnan().any()))
+    for p, entries in state_dict["state"].items():
+        for k, x in entries.items():
+            where = f"['state'][{p!r}][{k!r}]"
+            if not isinstance(x, Tensor) or x.is_meta or x.layout != torch.strided:
+                continue
+            if x.is_floating_point():
+                found.append((where, x, x.isnan().any()))
+            elif str(k).rpartition(".")[2] in _COUNTS and not x.is_complex():
+                found.append((where, x, ((x < 0) | (x > _MOST)).any()))
+    bad = torch.stack([flag.cpu() for *_, flag in found]).tolist() if found else []
+    for (where, x, _), wrong in zip(found, bad, strict=True):
+        if wrong:
+            what = "has a NaN" if x.is_floating_point() else f"is {x.tolist()}, expected a count"
+            raise ValueError(f"state_dict{where} {what}")
 
 
 def _params(group: Any, index: int) -> Any:
@@ -49,13 +83,24 @@ def released(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, d
     found: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     for p, entries in state.items():
         found[p] = {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()}
-        for name, shape in zip(EMA, (p.shape, ()), strict=True):
-            if name in found[p]:
-                average = found[p][name]
-                if not isinstance(average, Tensor) or average.shape != shape:
-                    raise ValueError(f"state of a parameter of shape {tuple(p.shape)}: {name!r} is {average!r}")
+        if any(name in found[p] for name in EMA):
+            for name, like in zip(EMA, (p.to(average_dtype(p)), torch.zeros((), dtype=torch.int64)), strict=True):
+                average = found[p].get(name)
+                if (
+                    not isinstance(average, Tensor)
+                    or average.is_meta != p.is_meta
+                    or average.shape != like.shape
+                    or average.dtype != like.dtype
+                ):
+                    what = f"{like.dtype} of shape {tuple(like.shape)}"
+                    raise ValueError(f"state of a parameter: {name!r} is {average!r}, expected {what}")
                 found[p][name] = average.to(p.device, copy=True)
     return found
+
+
+def average_dtype(p: Tensor) -> torch.dtype:
+    """Of the average of a parameter."""
+    return p.dtype if p.is_complex() else compute_dtype(p)
 
 
 def merged(mine: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -63,22 +108,37 @@ def merged(mine: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> di
     rule, expected = loaded.get("rule", mine.get("rule")), mine.get("rule")
     if rule != expected:
         raise ValueError(f"{where} is of {rule!r}, expected {expected!r}")
-    group = {**mine, **loaded}
-    for k, v in loaded.items():
-        if isinstance(v, str) and v.startswith(_FUNCTION):
-            if not _is_function(mine.get(k)):
-                raise ValueError(f"{where}[{k!r}] was a {v}, which a checkpoint does not hold: build the class with it")
-            group[k] = mine[k]
-    return group
+    options = {k: _restored(v, mine.get(k), f"{where}[{k!r}]") for k, v in loaded.items() if k != "params"}
+    return {**mine, **options, "params": loaded["params"]}
+
+
+def _restored(loaded: Any, mine: Any, where: str) -> Any:
+    """A loaded option, with the function that is there where the checkpoint has its name."""
+    if isinstance(loaded, str) and loaded.startswith(_FUNCTION):
+        if not _is_function(mine):
+            raise ValueError(f"{where} was a {loaded}, which a checkpoint does not hold: build the class with it")
+        return mine
+    if _is_function(loaded):
+        raise TypeError(f"{where} is {loaded!r}: expected its name, functions come from the class and not from a file")
+    if isinstance(loaded, (list, tuple)):
+        own = mine if isinstance(mine, (list, tuple)) and len(mine) == len(loaded) else [None] * len(loaded)
+        values = [_restored(x, y, where) for x, y in zip(loaded, own, strict=True)]
+        return values if isinstance(loaded, list) else tuple(values)
+    return loaded
 
 
 def without_functions(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with the names of functions in their place: it loads with weights_only=True, and has every key."""
-    groups = [
-        {k: f"{_FUNCTION}{getattr(v, '__name__', k)}" if _is_function(v) else v for k, v in group.items()}
-        for group in state_dict["param_groups"]
-    ]
+    groups = [{k: _named(v, k) for k, v in group.items()} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
+
+
+def _named(value: Any, option: str) -> Any:
+    if _is_function(value):
+        return f"{_FUNCTION}{getattr(value, '__name__', option)}"
+    if option != "params" and isinstance(value, (list, tuple)) and any(map(_is_function, value)):
+        return tuple(_named(x, option) for x in value)  # betas
+    return value
 
 
 def _is_function(value: Any) -> bool:

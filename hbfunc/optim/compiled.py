@@ -12,7 +12,8 @@ from torch import Tensor
 from hbfunc.optim.state import Place, nested, places
 from hbfunc.transform import Leaves, Transform, compute_dtype
 
-Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
+Writes = list[tuple[Tensor, Tensor]]  # a buffer, and what is to be in it
+Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], "Writes | None"]
 
 
 def in_place_step(
@@ -22,18 +23,20 @@ def in_place_step(
     at: Sequence[Place],
     extras: dict[str, Any],
     curvature: bool = False,
+    deferred: bool = False,
 ) -> Step:
     """step(params, grads, tensors, products) for the parameters at `paths`, of which those numbered `present` have
     gradients.
 
     tensors: those of the state, at the places `at`; like the parameters they are written in place. products: with
     `curvature`, Hessian times the transform's own probes for the parameters with gradients, or nothing on a step that
-    asks for none. Everything is computed before anything is written, so that an error leaves both as they were.
+    asks for none. Everything is computed before anything is written, so that an error leaves both as they were;
+    `deferred`: nothing is written, and what would be is returned.
     """
 
     def step(
         params: Sequence[Tensor], grads: Sequence[Tensor], tensors: Sequence[Tensor], products: Sequence[Tensor]
-    ) -> None:
+    ) -> Writes | None:
         leaves = Leaves(zip(paths, params, strict=True))
         given = {paths[i]: g.to(compute_dtype(params[i])) for i, g in zip(present, grads, strict=True)}
         more = dict(extras)
@@ -49,12 +52,19 @@ def in_place_step(
         changed = [(old, after[place]) for place, old in zip(at, tensors, strict=True) if place in after]
         # A rule may hand one entry of its state on as another ("previous"): copied before either is written.
         changed = [(old, new.clone() if new in written else new) for old, new in changed if new is not old]
-        for k, p in moved.items():
-            _write(leaves[k], p)
-        for old, new in changed:
-            _write(old, new)
+        writes = [*((leaves[k], p) for k, p in moved.items()), *changed]
+        if deferred:
+            return writes
+        write(writes)
+        return None
 
     return step
+
+
+def write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy into every buffer what is to be in it."""
+    for old, new in writes:
+        _write(old, new)
 
 
 def _write(old: Tensor, new: Tensor) -> None:

@@ -15,15 +15,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hbfunc import nonfinite, utils
+from hbfunc import nonfinite, random, utils
 from hbfunc.optim import checkpoint
 from hbfunc.optim.checkpoint import EMA
 from hbfunc.optim.guard import fitting, guarded
+from hbfunc.optim.interrupts import uninterrupted
 from hbfunc.optim.joined import joins
 from hbfunc.optim.state import adopt
 from hbfunc.optim.unit import Refresh, Unit
+from hbfunc.recipes.common import check_flags, check_value
 from hbfunc.schedules import ema_weight
-from hbfunc.transform import Leaves, Transform, compute_dtype, flat_params
+from hbfunc.transform import Leaves, Transform, as_real, check_dtype
 from hbfunc.transforms.adaptive import ema
 
 
@@ -88,6 +90,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if hasattr(self, "recipe"):
             defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
+        self._pairs: dict[Tensor, Tensor] = {}  # complex parameters, seen as reals
+        self._new: list[Tensor] = []  # whose state this step has made
         self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
         super().__init__(params, defaults)
 
@@ -114,7 +118,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         known = parameters(type(self).recipe)
         options = self.options(group)
         choices = {k: _choice(v, known[k].default) for k, v in options.items()}
-        if "betas" in options:
+        if isinstance(options.get("betas"), (tuple, list)):
             choices["betas"] = [_choice(beta, 0.0) for beta in options["betas"]]
         return tuple(map(id, trainable(group))), group["foreach"], choices
 
@@ -146,9 +150,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """For each unit, which is to refresh as decided: Hessian-vector products, or None without curvature."""
         return [None] * len(work)
 
-    def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None) -> None:
-        """One step of a unit, which is to refresh as decided."""
-        unit.step(decision, products, self.compile_step)
+    def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None, rehearse: bool = False) -> None:
+        """One step of a unit, which is to refresh as decided; or its rehearsal, see `Unit.step`."""
+        unit.step(decision, products, self.compile_step, rehearse)
+
+    def check_hyperparameter(self, name: str, value: Any) -> None:
+        """Raise for a value that a hyperparameter, written to a group since the last step, must not have."""
+        check_value(name, value)
 
     # The step.
 
@@ -157,11 +165,27 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient, clear the gradients, return the closure's loss (or None).
 
-        What can be found wrong is found before the first write: then all parameters and states are as they were.
+        What can be found wrong is found before the first write: then all parameters and states are as they were. With
+        several groups, they are all rehearsed before. Ctrl-C waits while the step writes. Should a group fail after all
+        (out of memory, in a graph that ran before), the groups before it are stepped and their gradients cleared, so
+        that another step() does the rest.
         In a function under torch.compile, the graph breaks here: the step has a graph of its own.
-        Raises TypeError for a sparse gradient, ValueError for one of another shape or device than its parameter.
+        Raises TypeError for a sparse gradient or one of no fitting dtype, ValueError for one of another shape or device
+        than its parameter and for a hyperparameter out of range.
         """
         loss = self.evaluate(closure)
+        self._new = []
+        try:
+            self._advance_all()
+        except BaseException:
+            for p in self._new:  # that had no state before
+                self.state.pop(p, None)
+            raise
+        return loss
+
+    def _advance_all(self) -> None:
+        for p in self._pairs:
+            self._leaf(p)
         for i, group in enumerate(self.param_groups):
             self._check_gradients(i, group)
         policies = {group["nonfinite"] for group in self.param_groups}
@@ -169,18 +193,43 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self._raise_nonfinite({p: p.grad for group in self.param_groups for p in group["params"]}, "the gradient")
         work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group)]
         for group, unit in work:
-            unit.write_hyper(partial(self.hyperparameter, group))
-        decisions = [unit.due(self.refresh(group, unit)) for group, unit in work]
+            unit.write_hyper(partial(self.hyperparameter, group), self.check_hyperparameter)
+        # Without values (on the meta device) nobody can tell, and nothing is to be refreshed.
+        decisions = [not unit.params[0].is_meta and unit.due(self.refresh(group, unit)) for group, unit in work]
         products = self.products(work, decisions)
         moved = self._judge(work, products) if policies != {"propagate"} else {}
-        for (_, unit), decision, product in zip(work, decisions, products, strict=True):
-            self.advance(unit, decision, product)
-        if self.use_ema:
-            self._move_averages(moved)
-        for group in self.param_groups:
-            for p in group["params"]:
+        steps = list(zip([unit for _, unit in work], decisions, products, strict=True))
+        if len(steps) > 1:  # parameters one by one (foreach=False) are so to save memory
+            self._rehearse([plan for plan, (group, _) in zip(steps, work, strict=True) if group["foreach"]])
+        with uninterrupted():
+            for unit, decision, product in steps:
+                self.advance(unit, decision, product)
+                self._new = []
+                for p in unit.params:
+                    p.grad = None
+            if self.use_ema:
+                self._move_averages(moved)
+            for p in (*self._pairs.values(), *(p for group in self.param_groups for p in group["params"])):
                 p.grad = None
-        return loss
+
+    def _rehearse(self, steps: list[tuple[Unit, Any, list[Tensor] | None]]) -> None:
+        """Meet what the steps would raise before any of them writes."""
+        try:
+            for unit, decision, product in steps:
+                self.advance(unit, decision, product, rehearse=True)
+        except BaseException:
+            for unit, *_ in steps:
+                unit.forget()
+            raise
+
+    def _leaf(self, p: Tensor) -> Tensor:
+        """What a transform sees of a parameter: itself, or of a complex one a view, with the gradient, as reals."""
+        if not p.is_complex():
+            return p
+        real = self._pairs.setdefault(p, as_real(p.detach()))
+        real.data = as_real(p.detach())  # its memory may be another than it was
+        real.grad = None if p.grad is None else as_real(p.grad)
+        return real
 
     def _check_gradients(self, index: int, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):
@@ -190,6 +239,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if g.layout != torch.strided:
                 name = self._names(index)[i]
                 raise TypeError(f"the gradient of params[{name!r}] is {g.layout}, expected a dense one (sparse=False)")
+            if g.dtype != p.dtype and not (g.is_floating_point() and p.is_floating_point()):
+                name = self._names(index)[i]
+                raise TypeError(f"the gradient of params[{name!r}] is {g.dtype}, expected {p.dtype}, as the parameter")
             if g.shape != p.shape or g.device != p.device:
                 raise ValueError(
                     f"the gradient of params[{self._names(index)[i]!r}] has shape {tuple(g.shape)} on {g.device}, "
@@ -255,21 +307,23 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _built(self, index: int, group: dict[str, Any]) -> tuple[Any, list[Unit]]:
         """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views."""
         names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
-        leaves = sorted((names[id(p)], p) for p in trainable(group))
+        owners = {names[id(p)]: p for p in trainable(group)}
+        leaves = sorted((k, self._leaf(p)) for k, p in owners.items())
         devices = dict.fromkeys(p.device for _, p in leaves)  # tensors of one graph are on one device
         parts = [[leaf for leaf in leaves if leaf[1].device == device] for device in devices]
         if not group["foreach"]:
             parts = [[leaf] for leaf in leaves]
         double = any(p.dtype == torch.float64 for _, p in leaves)
-        held = {k: self.state[p] for k, p in leaves if p in self.state}
+        held = {k: self.state[p] for k, p in owners.items() if p in self.state}
         units = [self._unit(group, Leaves(part), double, held, index) for part in parts]
         for unit in units:
             values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.paths if k in held}
             adopt(unit.views, {k: fitting(v, unit.views[k]) for k, v in values.items() if v})
         for unit in units:
-            for k, p in zip(unit.paths, unit.params, strict=True):
+            self._new += [owners[k] for k in unit.paths if k not in held]
+            for k in unit.paths:
                 unit.shown[k].update({n: x for n, x in held.get(k, {}).items() if n in EMA})
-                self.state[p] = unit.shown[k]
+                self.state[owners[k]] = unit.shown[k]
         return self._key(group), units
 
     def _unit(self, group: dict[str, Any], leaves: Leaves, double: bool, held: dict[str, Any], index: int) -> Unit:
@@ -295,15 +349,23 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for i, (name, p) in enumerate(zip(names, params, strict=True)):
                 if name in names[:i] or any(p is q for q in params[:i]):
                     raise ValueError(f"params[{name!r}] is in the group twice, expected different parameters and names")
-            flat_params(dict(zip(names, params, strict=True)))
-            self._checked(self.param_groups[-1])
+            self._checked(self.param_groups[-1], names)
         except Exception:
             self.param_groups.pop()
             raise
 
-    def _checked(self, group: dict[str, Any]) -> None:
-        """Raise for an option of a group that is out of range."""
-        guarded(self.transform(group), group["nonfinite"])
+    def _checked(self, group: dict[str, Any], names: list[str]) -> None:
+        """Raise for an option of a group that is out of range, and a parameter that its transform cannot step."""
+        for name, p in zip(names, group["params"], strict=True):
+            check_dtype(name, p, elementwise=True)
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise ValueError(f"param_names={names!r}: expected different strings")
+        check_flags(**{k: group[k] for k in ("foreach", "train_mode", "curvature") if k in group})
+        random.key(group["seed"])  # raises for what is none
+        tx = self.transform(group)
+        guarded(tx, group["nonfinite"])
+        for name, p in zip(names, group["params"], strict=True):
+            check_dtype(name, p, tx.elementwise)
 
     # The average of the parameters.
 
@@ -318,7 +380,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _move_averages(self, moved: Mapping[Tensor, Tensor]) -> None:
         """`ema_update`, but for the parameters whose step was skipped."""
         for p, state in self.state.items():
-            now = p.to(compute_dtype(p))
+            now = p.to(checkpoint.average_dtype(p))
             if "ema" not in state:
                 state["ema"] = now.clone()
                 state["ema_count"] = torch.zeros((), dtype=torch.int64, device=p.device)
@@ -363,6 +425,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Raises ValueError or TypeError for a state dict that does not fit, of another class, shape or key, and leaves
         the optimizer as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is {type(state_dict).__name__}, expected a dict")
         before = {"state": self.state, "param_groups": self.param_groups, "_units": self._units}
         hold = self.register_load_state_dict_pre_hook(checkpoint.hold)  # last in line: a user's hooks see tensors
         try:
@@ -378,7 +442,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
-            super().__setstate__({**state, "_units": {}, "_apart": set()})
+            super().__setstate__({**state, "_units": {}, "_apart": set(), "_pairs": {}, "_new": []})
             return
         groups = [
             checkpoint.merged(mine, loaded, f"param_groups[{i}]")
@@ -386,12 +450,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
         ]
         super().__setstate__({"state": checkpoint.released(state["state"]), "param_groups": groups, "_units": {}})
         for i, group in enumerate(groups):
+            self._checked(group, self._names(i))
             if any(self.state.get(p) for p in group["params"]):
                 built = self._built(i, group)  # raises for a state that does not fit
                 # Which small leaves can be joined is known at the first step, when there are gradients.
                 self._units[i] = (None, built[1]) if self.transform(group).elementwise else built
-            else:
-                self._checked(group)
 
 
 @cache

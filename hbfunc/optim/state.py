@@ -114,7 +114,12 @@ def adopt(views: dict[str, dict[str, Tensor]], values: Mapping[str, Mapping[str,
             value, view = entries[name], expected[name]
             if not isinstance(value, Tensor):
                 raise TypeError(f"state of parameter {path!r}: {name!r} is {type(value).__name__}, expected a tensor")
-            if value.shape != view.shape or value.is_floating_point() != view.is_floating_point():
+            fits = value.dtype == view.dtype or (value.is_floating_point() and view.is_floating_point())
+            if value.layout != torch.strided or (value.is_meta and not view.is_meta):
+                raise ValueError(
+                    f"state of parameter {path!r}: {name!r} is {value.layout} on {value.device}, expected its values"
+                )
+            if value.shape != view.shape or not fits:
                 raise ValueError(
                     f"state of parameter {path!r}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, "
                     f"expected {view.dtype} of shape {tuple(view.shape)}"

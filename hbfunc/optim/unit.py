@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hbfunc import utils
 from hbfunc.optim import guard
-from hbfunc.optim.compiled import Step, compiled, in_place_step
+from hbfunc.optim.compiled import Step, Writes, compiled, in_place_step, write
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.state import Place, hyper_names, hyper_places, nested, places
 from hbfunc.transform import Leaves, Transform, compute_dtype
@@ -69,6 +69,8 @@ class Unit:
         self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
         self.counted: Callable[[], list[int]] | None = None  # reads them, where steps may be skipped
         self.steps: dict[Any, Step] = {}
+        self.tried: set[Any] = set()  # keys of the steps that have run, or been rehearsed
+        self.pending: Writes | None = None  # what a rehearsal has computed
 
     def shown_in(self, alive: set[int]) -> bool:
         """Whether the optimizer's state, of whose dicts `alive` has the ids, still holds the views of this unit."""
@@ -79,14 +81,19 @@ class Unit:
         except KeyError:
             return False
 
-    def write_hyper(self, value_of: Callable[[str], Any]) -> None:
-        """Bring the 0-dim tensors up to date with the param group; a number that did not change costs nothing."""
+    def write_hyper(self, value_of: Callable[[str], Any], check: Callable[[str, Any], None]) -> None:
+        """Bring the 0-dim tensors up to date with the param group; a number that did not change costs nothing.
+
+        check: raises for a name and a value that it may not have.
+        """
         for place, tensor in self.hyper.items():
             value = value_of(self.names[place])
             if isinstance(value, Tensor):
+                check(self.names[place], value)
                 tensor.copy_(value)
                 self.values.pop(place, None)
             elif self.values.get(place) != value:
+                check(self.names[place], value)
                 tensor.fill_(value)
                 self.values[place] = value
 
@@ -107,11 +114,19 @@ class Unit:
         """Numbers of the parameters that have a gradient."""
         return tuple(i for i, p in enumerate(self.params) if p.grad is not None)
 
-    def step(self, refresh: bool | str | None, products: Sequence[Tensor] | None, compile_step: bool = True) -> None:
+    def step(
+        self,
+        refresh: bool | str | None,
+        products: Sequence[Tensor] | None,
+        compile_step: bool = True,
+        rehearse: bool = False,
+    ) -> None:
         """One step in place, of the parameters that have a gradient.
 
         refresh: as decided by `due`. products: Hessian-vector products, one for each of these parameters, or an empty
         list where no refresh needs them; None for a transform that does not work with curvature.
+        rehearse: write nothing, but raise what the step would. Without compilation everything is computed, and kept for
+        the step itself; a graph that has not run yet is compiled, and runs on copies.
         """
         mode = utils.compile_mode if compile_step else None
         present = self.present()
@@ -119,12 +134,18 @@ class Unit:
         given = [i for i, s in enumerate(self.sources) if (s if isinstance(s, int) else s.numbers[0]) in having]
         key = tuple(given), refresh, products is None, mode, utils.dynamic
         if key not in self.steps:
-            extras = self._extras(refresh)
+            extras, curved = self._extras(refresh), products is not None
             step = in_place_step(
-                self.transform, self.flat_paths, given, list(self.tensors), extras, curvature=products is not None
+                self.transform, self.flat_paths, given, list(self.tensors), extras, curved, mode is None
             )
             self.steps[key] = compiled(step, mode, utils.dynamic, self.params[0].device)
+        if rehearse:
+            if mode is None or key not in self.tried:
+                self._rehearse(self.steps[key], given, products or (), keep=mode is None)
+            self.tried.add(key)
+            return
         self._run(self.steps[key], given, products or ())
+        self.tried.add(key)
         if self.counted:
             self.counted = guard.later(torch.stack(self._count_tensors()))
         elif self.counts:
@@ -132,18 +153,36 @@ class Unit:
                 self.counts[i] += 1
 
     def _run(self, step: Step, given: Sequence[int], products: Sequence[Tensor]) -> None:
-        tensors = list(self.tensors.values())
         try:
-            params = [s.take_params() if isinstance(s, Joined) else self.params[s] for s in self.sources]
-            sources = [self.sources[i] for i in given]
-            grads = [s.take_grads() if isinstance(s, Joined) else self.params[s].grad for s in sources]
-            step(params, grads, tensors, products)  # type: ignore[arg-type]
-            for source in sources:
+            if self.pending is None:
+                params, grads = self._taken(given)
+                self.pending = step(params, grads, list(self.tensors.values()), products)
+            write(self.pending or ())
+            for source in (self.sources[i] for i in given):
                 if isinstance(source, Joined):
                     source.write()
         finally:
-            for join in self.joined:
-                join.release()
+            self.forget()
+
+    def _rehearse(self, step: Step, given: Sequence[int], products: Sequence[Tensor], keep: bool) -> None:
+        params, grads = self._taken(given)
+        tensors = list(self.tensors.values())
+        if keep:
+            self.pending = step(params, grads, tensors, products)
+        else:
+            step(list(map(_copy, params)), grads, list(map(_copy, tensors)), products)
+            self.forget()
+
+    def _taken(self, given: Sequence[int]) -> tuple[list[Tensor], list[Any]]:
+        params = [s.take_params() if isinstance(s, Joined) else self.params[s] for s in self.sources]
+        sources = [self.sources[i] for i in given]
+        return params, [s.take_grads() if isinstance(s, Joined) else self.params[s].grad for s in sources]
+
+    def forget(self) -> None:
+        """Free what a step or its rehearsal held."""
+        self.pending = None
+        for join in self.joined:
+            join.release()
 
     def due(self, schedule: Refresh | None) -> bool | str | None:
         """Whether this step refreshes: known here if all parameters are at one count, None to decide in the graph."""
@@ -179,6 +218,14 @@ class Unit:
 
     def _extras(self, refresh: bool | str | None) -> dict[str, Any]:
         return {"refresh": refresh} if "refresh" in self.transform.needs else {}
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A tensor for which a graph compiled for `x` will do."""
+    new = x.detach().clone()
+    if isinstance(x, torch.nn.Parameter):
+        return torch.nn.Parameter(new, x.requires_grad)
+    return new.requires_grad_(x.requires_grad)
 
 
 class _Asked(Exception):

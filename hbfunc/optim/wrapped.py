@@ -6,6 +6,7 @@ optimizer = MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ from hbfunc.optim.shim import trainable
 from hbfunc.optim.state import Place, hyper_names, hyper_places
 from hbfunc.recipes.first_order import adamw
 from hbfunc.recipes.partitioned import ENDS, Exclude, chooses_matrices
-from hbfunc.transform import Flat, Layout, Leaves, State, Transform, transform
+from hbfunc.transform import Flat, Layout, Leaves, State, Transform, check_number, transform
 
 
 class FromTransform(WithCurvature):
@@ -64,6 +65,10 @@ class FromTransform(WithCurvature):
         """The value in a param group of a hyperparameter of the state."""
         return group[name]
 
+    def check_hyperparameter(self, name: str, value: Any) -> None:
+        """Any finite number: what the names mean is the transform's affair."""
+        check_number(name, value, -math.inf, math.inf, open_low=True, open_high=True)
+
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; the group gets the hyperparameters of its transform, unless it brings them."""
@@ -72,7 +77,7 @@ class FromTransform(WithCurvature):
         try:
             named = zip(self._names(len(self.param_groups) - 1), group["params"], strict=True)
             tx = self.transform(group)
-            hyper = dict(hyper_places(tx.init(Leaves(sorted(named)))))
+            hyper = dict(hyper_places(tx.init(Leaves(sorted((k, self._leaf(p)) for k, p in named)))))
             if "lr" not in hyper_names(hyper).values():
                 tx = with_lr(tx)
                 hyper = _lr_beside(hyper)
