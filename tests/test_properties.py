@@ -463,6 +463,17 @@ def test_regression_a_float32_number_beside_a_float64_one_stays_float32(name: st
         assert updates["single"].dtype == torch.float32
 
 
+def test_regression_an_infinite_first_gradient_stays_out_of_soaps_moments() -> None:
+    """refresh=None gave it the weight 0, which makes NaN of it, where "first" leaves the moments alone."""
+    params = {"w": torch.ones(3, 2), "s": torch.ones(())}
+    tx = hbfunc.soap()
+    states = []
+    for refresh in (None, "first"):
+        _, state = tx.update(tx.init(params), {k: math.inf * p for k, p in params.items()}, params, refresh=refresh)
+        states.append(state)
+    assert_same(*states, "state")
+
+
 # -- a life of an optimizer -----------------------------------------------------------------------------------------
 
 
