@@ -126,6 +126,13 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "precond_init_scale": st.sampled_from([0.1, 1, 10.0]),
     "precond_lr": st.sampled_from([0.0, 0.1, 0.5]),
 }
+# And of what only recipes have; "svd" raises for what is not finite.
+EXTRAS: dict[str, st.SearchStrategy[Any]] = {
+    "caution_scaling": flag,
+    "orthogonalizer": st.sampled_from(["newtonschulz", "polar_express", "qr"]),
+    "inner": st.sampled_from(["adam", "laprop"]),
+    "stop_gradient": flag,
+}
 IDLE = {"ForeachRMSprop": {"r", "weight_lr_power"}, "ForeachMuon": {"palm"}}  # documented, without effect: they warn
 
 
@@ -135,15 +142,20 @@ def documented(name: str) -> set[str]:
     return {p.name for p in found if p.kind is not p.KEYWORD_ONLY} - {"params", "foreach"}
 
 
-def options_of(name: str) -> st.SearchStrategy[dict[str, Any]]:
-    """Some options of a class, the others at their defaults."""
+def options_of(name: str, functional: bool = False) -> st.SearchStrategy[dict[str, Any]]:
+    """Some options of a class, or of its recipe, the others at their defaults."""
     known = sorted(documented(name) - IDLE.get(name, set()))
-    return st.fixed_dictionaries({}, optional={k: OPTIONS[k] for k in known})
+    found = {k: OPTIONS[k] for k in known}
+    if functional:
+        found |= {k: EXTRAS[k] for k in inspect.signature(TWINS[name][0]).parameters if k in EXTRAS}
+    return st.fixed_dictionaries({}, optional=found)
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_every_documented_option_is_drawn(name: str) -> None:
     assert documented(name) <= set(OPTIONS)
+    extras = set(inspect.signature(TWINS[name][0]).parameters) - documented(name)
+    assert extras <= {*EXTRAS, "seed", "curvature"}
 
 
 # -- parameters and gradients ---------------------------------------------------------------------------------------
@@ -247,10 +259,16 @@ STRIDED_DIFFER = {"l2_clip_", "rmsnorm_clip_", "mu_law_compress", "a_law_compres
 
 
 @st.composite
-def lives(draw: Any, kinds: Sequence[str] = VALUES, least: int = 1, dtypes: Sequence[torch.dtype] = DTYPES) -> Life:
-    """Lives of one to three parameters, and one to five steps."""
+def lives(
+    draw: Any,
+    kinds: Sequence[str] = VALUES,
+    least: int = 1,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    functional: bool = False,
+) -> Life:
+    """Lives of one to three parameters, and one to five steps; with the options of recipes too where functional."""
     name = draw(st.sampled_from(sorted(TWINS)))
-    options = draw(options_of(name))
+    options = draw(options_of(name, functional))
     clipped = STRIDED_DIFFER & {options.get(k) for k in ("gradient_clipping", "update_clipping")}
     layouts = ["contiguous"] if clipped else LAYOUTS
     shapes = draw(st.lists(SHAPES, min_size=least, max_size=3))
@@ -321,15 +339,16 @@ def views(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
 
 @examples(80)
 def test_a_class_is_its_recipe(count: int) -> None:
-    """Bit for bit: foreach or not, whatever the strides. And a recipe mutates nothing, keeps the form of its state,
-    gives no update where there is no gradient; a class leaves parameters without one, and their state, alone.
+    """Bit for bit: foreach or not, whatever the strides, and whatever would happen to gradients that are not finite.
+    And a recipe mutates nothing, keeps the form of its state, gives no update where there is no gradient; a class
+    leaves parameters without one, and their state, alone.
     """
 
-    def prop(life: Life) -> None:
+    def prop(life: Life, nonfinite: str) -> None:
         tx, params = life.transform(), life.params()
         state = tx.init(params)
         start = form(state)
-        optimizers = [life.optimizer(params, foreach=foreach) for foreach in (True, False)]
+        optimizers = [life.optimizer(params, foreach=foreach, nonfinite=nonfinite) for foreach in (True, False)]
         strides = {k: p.stride() for k, p in named(optimizers[0]).items()}
         for t in range(len(life.steps)):
             grads = life.gradients(t)
@@ -352,7 +371,7 @@ def test_a_class_is_its_recipe(count: int) -> None:
                         assert_same(after[k], held[k], f"{where}, state of {k}, which has no gradient")
         assert_same(views(optimizers[0]), views(optimizers[1]), "state")
 
-    hunt(count, prop, lives())
+    hunt(count, prop, lives(), st.sampled_from(["propagate", "skip", "skip_leaf", "raise"]))
 
 
 @examples(30)
@@ -370,8 +389,8 @@ def test_finite_gradients_give_finite_numbers(count: int) -> None:
             for k, x in entries({"params": params, "state": state, "updates": updates}).items():
                 assert x is None or bool(x.isfinite().all()), f"step {t}: {k} is {x}"
 
-    hunt(count, prop, lives(FINITE))
-    wide = lives([*FINITE, "any exponent"], dtypes=[torch.float64])
+    hunt(count, prop, lives(FINITE, functional=True))
+    wide = lives([*FINITE, "any exponent"], dtypes=[torch.float64], functional=True)
     hunt(count // 2, prop, wide.filter(lambda life: life.options.get("storage_dtype") != "bfloat16"))
 
 
@@ -395,7 +414,8 @@ def test_a_leaf_knows_nothing_of_the_others(count: int) -> None:
             params = hbfunc.apply_updates(params, updates)
             alone = hbfunc.apply_updates(alone, expected)
 
-    one_dtype = lives(least=2).filter(lambda life: len(set(life.dtypes.values())) == 1)  # they decide that of numbers
+    # Dtypes decide that of the hyperparameters of all.
+    one_dtype = lives(least=2, functional=True).filter(lambda life: len(set(life.dtypes.values())) == 1)
     hunt(count, prop, one_dtype, st.sampled_from([1.0, math.inf, math.nan]))
 
 
