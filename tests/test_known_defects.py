@@ -516,8 +516,11 @@ def test_fused_hook_stepping_once_per_parameter() -> None:
     """`fused_hook` stepping once per parameter."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     optimizer = utils.fused_hook(model.parameters(), hbfunc.AdamW, lr=0.1)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
     for t in (1, 2, 3):
         model(torch.randn(5, 3)).square().mean().backward()
+        assert len(steps) == t
         assert [int(optimizer.state[p]["count"]) for p in model.parameters()] == [t] * 4
 
 
