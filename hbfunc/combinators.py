@@ -23,6 +23,7 @@ from hbfunc.transform import (
     check_number,
     compute_dtype,
     flatten,
+    in_dtype_of,
     kept,
     transform,
     zeros,
@@ -176,7 +177,7 @@ def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9)
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
         factor = gamma * beta1 / (1 - beta1)
         return (
-            {k: g + factor * (g - state["previous"][k]) for k, g in updates.items()},
+            {k: g + in_dtype_of(g, factor) * (g - state["previous"][k]) for k, g in updates.items()},
             kept(state, previous={k: g.clone() for k, g in updates.items()}),  # the caller may zero its gradients
         )
 

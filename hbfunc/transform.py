@@ -151,6 +151,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def in_dtype_of(x: Tensor, value: Any) -> Any:
+    """`value`, a tensor in the dtype of x. A 0-dim hyperparameter in float64, as it is beside float64 parameters, would
+    take a float32 leaf along that is 0-dim itself."""
+    return value.to(x.dtype) if isinstance(value, Tensor) else value
+
+
 def transform(
     init: Callable[[Leaves], State],
     update: Callable[..., tuple[dict[str, Tensor], State]],

@@ -97,7 +97,8 @@ def joins(leaves: Leaves, held: Mapping[str, Mapping[str, Any]]) -> list[Joined]
     moments = {k for path, entries in known.items() for k, x in entries.items() if _ndim(x) == leaves[path].ndim > 0}
     room = max(_ALWAYS, _SHARE * sum(p.numel() for p in leaves.values()))
     for i, (path, p) in enumerate(leaves.items()):
-        if p.numel() <= min(_SMALL, room) and p.grad is not None and p.dtype == compute_dtype(p):
+        plain = type(p) in (Tensor, torch.nn.Parameter)  # a DTensor cannot be copied into a flat tensor
+        if plain and p.numel() <= min(_SMALL, room) and p.grad is not None and p.dtype == compute_dtype(p):
             room -= p.numel()
             scalars = {k: x.item() for k, x in known.get(path, {}).items() if k not in moments and _ndim(x) == 0}
             groups[p.dtype, tuple(sorted(scalars.items()))].append((i, path))

@@ -8,6 +8,7 @@ from hbfunc import recipes
 from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optim.first_order import Moments, arguments
 from hbfunc.optim.shim import StatefulOptimizer, use_default
+from hbfunc.optim.unit import Refresh, Unit
 from hbfunc.transforms import psgd, soap
 
 
@@ -160,6 +161,11 @@ class ForeachPSGDKron(WithCurvature):
         nonfinite: str = "propagate",
     ) -> None:
         super().__init__(**arguments(locals()))
+
+    def refresh(self, group: dict[str, Any], unit: Unit) -> Refresh | None:
+        """Draws are the same on the host; a deterministic schedule adds up the probabilities of all earlier steps, and
+        only the state has their sum."""
+        return super().refresh(group, unit) if group["stochastic_schedule"] else None
 
 
 class ForeachPurePSGD(ForeachPSGDKron):

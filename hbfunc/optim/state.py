@@ -61,7 +61,8 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
     """path -> name -> view: what `optimizer.state[p]` shows.
 
     A tensor is named by the place of its dict without the transforms' names ("exp_avg"), or with them where that is
-    ambiguous ("scale_by_adam_2.exp_avg"). A parameter sees its rows of a stack, and the tensors that all share (a key).
+    ambiguous ("scale_by_adam_2.exp_avg"). A parameter sees its rows of a stack, and the tensors that it shares with
+    others (a key). What it sees does not depend on which others there are, so checkpoints fit with and without foreach.
     """
     found: list[tuple[Place, str, Tensor]] = []  # name, path, view
     for place, value in places(state):
@@ -74,14 +75,23 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
         elif place[-1] in paths:
             found.append((place[:-1], place[-1], value))
         else:
-            found += [(place, path, value) for path in paths]
-    owners: dict[str, set[Place]] = {}
-    for name, _, _ in found:
-        owners.setdefault(name[-1], set()).add(name)
+            found += [(place, path, value) for path in _sharing(state, place, paths)]
+    owners: dict[tuple[str, str], set[Place]] = {}
+    for name, path, _ in found:
+        owners.setdefault((path, name[-1]), set()).add(name)
     views: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
     for name, path, view in found:
-        views[path][name[-1] if len(owners[name[-1]]) == 1 else ".".join(name)] = view
+        views[path][name[-1] if len(owners[path, name[-1]]) == 1 else ".".join(name)] = view
     return views
+
+
+def _sharing(state: State, place: Place, paths: list[str]) -> list[str]:
+    """The parameters that share the tensor at a place: those with entries beside it, or all where none have any."""
+    node = state
+    for key in place[:-1]:
+        node = node[key]
+    mine = {path for entries in node.values() if isinstance(entries, dict) for path in entries}
+    return [path for path in paths if path in mine] or paths
 
 
 def _rows(layout: Layout, place: Place) -> tuple[str, ...] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
-from hbfunc.transform import Leaves, State, Transform, check_number, kept, transform, zeros
+from hbfunc.transform import Leaves, State, Transform, check_number, in_dtype_of, kept, transform, zeros
 
 
 def ema(average: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def denominator(v: Tensor, eps: float | Tensor) -> Tensor:
     """max(sqrt(v), eps), as the root of a clamp: its derivative at v = 0 is 0, where that of the root is infinite."""
     tiny = torch.finfo(v.dtype).tiny
     floor = torch.clamp(eps * eps, min=tiny) if isinstance(eps, Tensor) else max(eps * eps, tiny)
-    return torch.sqrt(torch.clamp(v, min=floor))
+    return torch.sqrt(torch.clamp(v, min=in_dtype_of(v, floor)))
 
 
 def check_adam(beta1: Number, beta2: Number, eps: float | Tensor) -> None:

@@ -126,8 +126,9 @@ def scale_by_psgd(
         return Factors(bucket, tuple(triangular), dtype, store_triu_as_line, q_dtype == "bfloat16", cached)
 
     def init(params: Leaves) -> State:
-        device = next((p.device for p in params.values()), None)
-        state: State = {"count": count_zeros(params), "key": random.key(seed).to(device)}
+        state: State = {"count": count_zeros(params)}
+        if params:
+            state["key"] = random.key(seed).to(next(iter(params.values())).device)
         if not stochastic_schedule:
             state["progress"] = {k: torch.zeros((), dtype=torch.float64, device=p.device) for k, p in params.items()}
         for n, f in plan(params).items():

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
-from hbfunc.transform import Leaves, State, Transform, Tree, check_number, compute_dtype, flat_params, kept, transform
+from hbfunc.transform import (
+    Leaves,
+    State,
+    Transform,
+    Tree,
+    check_number,
+    compute_dtype,
+    flat_params,
+    in_dtype_of,
+    kept,
+    transform,
+)
 
 
 def schedule_free(
@@ -27,26 +38,44 @@ def schedule_free(
     """
     check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
     check_number("beta1", beta1, 0, 1, open_low=True, open_high=True)
+    # W, and what rounding it to float32 loses: after a million steps a float32 sum would err by percents, and later
+    # stop. Two numbers and not a float64 one, because dynamo traces a graph with 0-dim float64 inputs twice.
+    parts = ("weight_sum", "weight_sum_low")
 
     def init(params: Leaves) -> State:
+        sums = [{k: torch.zeros((), dtype=compute_dtype(p), device=p.device) for k, p in params.items()} for _ in parts]
         return {
             "count": count_zeros(params),
-            "weight_sum": {k: torch.zeros((), dtype=compute_dtype(p), device=p.device) for k, p in params.items()},
+            **dict(zip(parts, sums, strict=True)),
             "z": {k: p.to(compute_dtype(p), copy=True) for k, p in params.items()},
         }
 
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        if not updates:
+            return {}, state
         t = increment(state["count"], updates)
-        rate, weight = per_leaf(t, updates, lambda t: [at(lr, t), abs(at(lr, t)) ** weight_lr_power * t**r])
-        step, weight_sum, z = {}, {}, {}
+        device = next(iter(t.values())).device
+        single = torch.tensor([u.dtype != torch.float64 for u in updates.values()], device=device)
+
+        def scalars(t: Tensor) -> list[Any]:
+            """The rate, c, and W in two parts."""
+            rate = at(lr, t)
+            weight = abs(rate) ** weight_lr_power * t**r
+            total = weight
+            for part in parts:
+                total = total + torch.stack([state[part][k].to(torch.float64) for k in updates])
+            # A rate of 0 from the start (warmup, a checkpoint's dry run) leaves W at 0 and the average as it is.
+            c = torch.where(total > 0, weight / torch.where(total > 0, total, 1), 0)
+            return [rate, c, total, torch.where(single, total - total.to(torch.float32), 0)]
+
+        rate, c, *sums = per_leaf(t, updates, scalars)
+        step, z = {}, {}
         for k, u in updates.items():
-            weight_sum[k] = state["weight_sum"][k] + weight[k]
-            # A rate of 0 from the start (warmup, a checkpoint's dry run) leaves the sum at 0 and the average as it is.
-            c = torch.where(weight_sum[k] > 0, weight[k] / torch.where(weight_sum[k] > 0, weight_sum[k], 1), 0)
             y = params[k].to(u.dtype)
-            step[k] = c * (state["z"][k] - y) + u * (rate[k] * (beta1 * (1 - c) - 1))
+            step[k] = c[k] * (state["z"][k] - y) + u * (rate[k] * (in_dtype_of(u, beta1) * (1 - c[k]) - 1))
             z[k] = state["z"][k] - rate[k] * u
-        return step, kept(state, count=t, weight_sum=weight_sum, z=z)
+        sums = [{k: x.clone() for k, x in part.items()} for part in sums]  # they were views of one tensor
+        return step, kept(state, count=t, z=z, **dict(zip(parts, sums, strict=True)))
 
     return transform(init, update, "schedule_free", elementwise=True)
 

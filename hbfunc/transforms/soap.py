@@ -146,7 +146,10 @@ def scale_by_soap(
             else:
                 qs = [s.get(f"Q_{d}") for d in range(len(bucket.shape))]
                 u, m, v = _inner_step(inner, bases.project(x, qs), s["exp_avg"], s["exp_avg_sq"], w1, w2, eps)
-                steps[name] = torch.where(_along(moves, x) > 0, bases.project_back(u, qs), 0)
+                moving = _along(moves, x) > 0
+                steps[name] = torch.where(moving, bases.project_back(u, qs), 0)
+                if refresh is None:  # a weight of 0 does not keep an infinite first gradient out
+                    m, v = torch.where(moving, m, s["exp_avg"]), torch.where(moving, v, s["exp_avg_sq"])
                 s = {**s, "exp_avg": m, "exp_avg_sq": v}
             gg = {f"GG_{d}": bases.outer_product(x, d, len(bucket.shape)) for d in modes(bucket)}
             stacks[name] = {**s, **{key: ema(s[key], new, _along(w3, new)) for key, new in gg.items()}}

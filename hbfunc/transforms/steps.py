@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hbfunc.schedules import Number, count_zeros, increment, per_leaf
-from hbfunc.transform import Leaves, State, Transform, check_number, compute_dtype, kept, transform
+from hbfunc.transform import Leaves, State, Transform, check_number, compute_dtype, in_dtype_of, kept, transform
 
 
 def add_decayed_weights(weight_decay: Number = 0.0) -> Transform:
@@ -30,7 +30,7 @@ def _scaled(name: str, value: Number, fn: Callable[[Tensor, Tensor, Tensor | flo
 
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
         if not callable(value):
-            return {k: fn(u, params[k], value) for k, u in updates.items()}, {}
+            return {k: fn(u, params[k], in_dtype_of(u, value)) for k, u in updates.items()}, {}
         t = increment(state["count"], updates)
         (x,) = per_leaf(t, updates, lambda t: [value(t)])
         return {k: fn(u, params[k], x[k]) for k, u in updates.items()}, kept(state, count=t)
