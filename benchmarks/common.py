@@ -113,19 +113,25 @@ def ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
 
 
 class Limits:
-    """What this machine can do in this process: bytes per second of a large copy, float operations per second."""
+    """What this machine can do in this process: bytes per second of a large copy, float operations per second.
+
+    The best that any `measure` has seen.
+    """
 
     def __init__(self, device: torch.device, quick: bool = False) -> None:
-        self.device, cuda = device, device.type == "cuda"
-        n = 2**20 if quick else 2**28 if cuda else 2**25
-        x = torch.ones(n, device=device)
+        self.device, self.quick = device, quick
+        self.bandwidth, self.flops = 0.0, {"float32": 0.0, "bfloat16": 0.0}
+        self.measure()
+
+    def measure(self) -> None:
+        cuda = self.device.type == "cuda"
+        x = torch.ones(2**20 if self.quick else 2**28 if cuda else 2**25, device=self.device)
         y = torch.empty_like(x)
-        self.bandwidth = 2 * x.nbytes / self._best(lambda: y.copy_(x))
-        m = 128 if quick else 8192 if cuda else 1024
-        self.flops = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            a = torch.ones(m, m, device=device, dtype=dtype)
-            self.flops[str(dtype).removeprefix("torch.")] = 2 * m**3 / self._best(lambda a=a: a @ a)
+        self.bandwidth = max(self.bandwidth, 2 * x.nbytes / self._best(lambda: y.copy_(x)))
+        m = 128 if self.quick else 8192 if cuda else 1024
+        for name, rate in self.flops.items():
+            a = torch.ones(m, m, device=self.device, dtype=getattr(torch, name))
+            self.flops[name] = max(rate, 2 * m**3 / self._best(lambda a=a: a @ a))
 
     def _best(self, fn: Callable[[], Any]) -> float:
         fn()
