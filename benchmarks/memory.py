@@ -40,12 +40,13 @@ def make(row: str, params: list[torch.Tensor]) -> Any:
 
 
 def state_bytes(row: str, shapes: Sequence[Shape]) -> int:
-    """Of the state of float32 parameters of these shapes; nothing is computed."""
+    """Of the state of float32 parameters of these shapes, without the scalars (counts, of which leaves may share one);
+    nothing is computed."""
     params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     optimizer = make(row, list(params))
     named = Leaves(zip(sorted(map(str, range(len(params)))), params, strict=True))
     state = optimizer.transform(optimizer.param_groups[0]).init(named)
-    return sum(x.nbytes for _, x in places(state))
+    return sum(x.nbytes for _, x in places(state) if x.ndim)
 
 
 def extra_bytes(fn: Callable[[], Any], where: torch.device) -> int:
