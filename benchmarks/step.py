@@ -90,8 +90,8 @@ def classes() -> dict[str, Class]:
     half = {"preconditioner_update_probability": 0.5, "seed": 0}
     fit = psgd.refresh_schedule(0.5, seed=0)
     scheduled = {"use_precond_schedule": True}
-    drawn = {"seed": 0, "precond_scheduler": (1 / 3, 0.0)}  # of 1/2
-    draw = soap.refresh_schedule(use_precond_schedule=True, precond_scheduler=(1 / 3, 0.0))
+    drawn = {"seed": 0, "precond_scheduler": (1 / 3, 0.01)}  # about 1/2
+    draw = soap.refresh_schedule(use_precond_schedule=True, precond_scheduler=(1 / 3, 0.01))
     rarer, often = _mean(soap.refresh_probability), _mean(psgd.update_probability)
 
     def rotated(**theirs: Any) -> Class:
