@@ -1,4 +1,4 @@
-"""How fast are K trainings at once? `python benchmarks/sweep.py` measures on one CPU thread, on the MLP 64-64-10.
+"""How fast are K trainings at once? `python benchmarks/sweep.py` measures on the MLP 64-64-10.
 
 The unit is the lane-step: one training step, batch 128, of one of the K trainings. What is compared with is what one
 would write otherwise: a loop over ordinary trainings with torch.optim.AdamW(fused=True). Every number is a ratio to
@@ -10,18 +10,14 @@ that loop, timed in the same process, in turns, and the median over the turns; s
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import device, facts, parser, pyplot, results, save, synchronize
 from torch import Tensor
 
 import hbfunc
@@ -47,14 +43,18 @@ RECIPES: dict[str, tuple[Factory, Callable[[int], bool | str] | None]] = {
 class Digits:
     """The task, and one batch after the other from it."""
 
-    def __init__(self) -> None:
-        self.task = TASKS["digits"](torch.device("cpu"))
-        self.model = self.task.build()
+    def __init__(self, where: torch.device) -> None:
+        self.where = where
+        self.task = TASKS["digits"](where)
+        self.model = self.task.build().to(where)
         draw = torch.Generator().manual_seed(0)
         self.batches = [self.task.sample(draw, 128) for _ in range(100)]
 
     def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.task.loss(self.model, params, *batch)
+
+    def initial(self) -> dict[str, Tensor]:
+        return {name: p.to(self.where) for name, p in self.task.initial(0).items()}
 
     def each(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -63,14 +63,16 @@ class Digits:
 
 def sequential(digits: Digits, models: int, steps: int) -> float:
     """Seconds per lane-step of `models` trainings with torch.optim.AdamW(fused=True), one after the other."""
-    nets = [digits.task.build() for _ in range(models)]
+    nets = [digits.task.build().to(digits.where) for _ in range(models)]
     optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True) for net in nets]
+    synchronize(digits.where)
     began = time.perf_counter()
     for net, optimizer in zip(nets, optimizers, strict=True):
         for (x, y), _ in zip(digits.each(), range(steps), strict=False):
             optimizer.zero_grad()
             F.cross_entropy(net(x), y).backward()
             optimizer.step()
+    synchronize(digits.where)
     return (time.perf_counter() - began) / (models * steps)
 
 
@@ -79,8 +81,8 @@ class Lanes:
 
     def __init__(self, digits: Digits, recipe: str, k: int, compile: bool) -> None:
         tx, self.refresh = RECIPES[recipe]
-        self.k, self.t, self.batches = k, 0, digits.each()
-        self.lanes = sweep.init(tx, digits.task.initial(0), sweep.sample(k, lr=sweep.log_uniform(1e-4, 1e-2)))
+        self.k, self.t, self.batches, self.where = k, 0, digits.each(), digits.where
+        self.lanes = sweep.init(tx, digits.initial(), sweep.sample(k, lr=sweep.log_uniform(1e-4, 1e-2)))
         self.step = sweep.vectorize(sweep.freeze(sweep.make_step(digits.loss, tx)), compile=compile)
         began = time.perf_counter()
         self.advance(4)
@@ -89,11 +91,13 @@ class Lanes:
 
     def advance(self, steps: int) -> float:
         """Seconds per lane-step."""
+        synchronize(self.where)
         began = time.perf_counter()
         for _ in range(steps):
             self.t += 1
             refresh = self.refresh(self.t) if self.refresh else None
             self.lanes, _ = self.step(self.lanes, next(self.batches), refresh=refresh)
+        synchronize(self.where)
         return (time.perf_counter() - began) / (steps * self.k)
 
     def turn(self) -> float:
@@ -119,9 +123,9 @@ def in_turns(turns: int, work: dict[str, Callable[[], float]]) -> dict[str, dict
     return found
 
 
-def versus(digits: Digits, k: int, turns: int) -> dict[str, Any]:
+def versus(digits: Digits, k: int, turns: int, compile: bool = True) -> dict[str, Any]:
     """The show: K lanes of adamw against K sequential trainings."""
-    compiled, eager = Lanes(digits, "adamw", k, True), Lanes(digits, "adamw", k, False)
+    compiled, eager = Lanes(digits, "adamw", k, compile), Lanes(digits, "adamw", k, False)
     work = {"torch.optim.AdamW(fused=True)": lambda: sequential(digits, k, 20)}
     work |= {"sweep, compiled": compiled.turn, "sweep, eager": eager.turn}
     sequential(digits, 2, 20)
@@ -140,58 +144,48 @@ def table(digits: Digits, recipes: list[str], ks: list[int], turns: int, compile
             yield row
 
 
-def draw(data: dict[str, Any], path: Path) -> None:
+def draw(data: dict[str, Any], path: Any) -> None:
     """Both parts as a picture: speed against the number of lanes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for recipe in dict.fromkeys(row["recipe"] for row in data["table"]):
         rows = [row for row in data["table"] if row["recipe"] == recipe]
         ax.plot([r["lanes"] for r in rows], [r["ratio"] for r in rows], marker="o", markersize=3, label=recipe)
     ax.axhline(1, color="black", linewidth=1, linestyle="--")
     ax.set(xscale="log", yscale="log", xlabel="lanes", ylabel="lane-steps per second, relative to the loop")
-    ax.set_title("Trainings at once against a loop of torch.optim.AdamW(fused=True), one CPU thread", fontsize=10)
+    ax.set_title("Trainings at once against a loop of torch.optim.AdamW(fused=True)", fontsize=10)
     ax.legend(fontsize=8, ncols=2)
     fig.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser(__doc__)
+    add = made.add_argument
     add("--lanes", type=int, nargs="*", default=[1, 4, 16, 64, 256, 1024], help="of the table; none skips it")
     add("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     add("--versus", type=int, default=64, metavar="K", help="0 skips this part")
     add("--turns", type=int, default=9)
     add("--eager", action="store_true", help="do not compile for the table")
-    add("--out", type=Path, default=Path("runs"), help="folder for sweep.json and sweep.png")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    digits = Digits()
-    data: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "cpu": cpu(), "table": []}
+    args = made.parse_args(argv)
+    if args.quick:
+        args.lanes, args.recipes, args.versus, args.turns, args.eager = [2, 4], ["adamw", "soap"], 4, 3, True
+    where = device(args)
+    path = results("sweep", args, where)
+    digits = Digits(where)
+    data: dict[str, Any] = {**facts(where), "table": []}
     if args.versus:
-        data["versus"] = versus(digits, args.versus, args.turns)
+        data["versus"] = versus(digits, args.versus, args.turns, not args.quick)
         print(f"{args.versus} lanes of adamw, microseconds per lane-step, speed relative to the loop (lowest, highest)")
         for name, row in data["versus"]["rows"].items():
             spread = f"({row['lowest']:.2f}, {row['highest']:.2f})"
             print(f"{name:30} {row['microseconds']:9.1f} us  {row['ratio']:6.2f}x  {spread}", flush=True)
     for row in table(digits, args.recipes, args.lanes, args.turns, not args.eager):
         data["table"].append(row)
-        (args.out / "sweep.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (args.out / "sweep.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        save(path, data)
+    save(path, data)
     if data["table"]:
-        draw(data, args.out / "sweep.png")
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    )
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+        draw(data, path.with_suffix(".png"))
+    print(f"\n{path}")
 
 
 if __name__ == "__main__":
