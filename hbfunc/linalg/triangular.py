@@ -6,6 +6,8 @@ fewer than 384 rows are multiplied whole.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def blocks(n: int) -> list[slice]:
     """n columns, in ranges of nearly equal length."""
     count = max(n // _BLOCK, 1)
     ends = [n * i // count for i in range(count + 1)]
-    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def times_upper(x: Tensor, q: Tensor) -> Tensor:
