@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -655,3 +663,576 @@ def test_the_table_in_the_documents_is_this_one():
             lines.append(f"| {row} | " + " | ".join(outcomes) + " |")
     page = Path(hbfunc.__file__).with_name("docs") / "trust.md"
     assert "\n".join(lines) in page.read_text(encoding="utf-8"), "\n".join(lines)
+
+
+# -- what errors say ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("AdamW", {"lr": -0.1}, r"lr=-0\.1: expected a number in \[0, inf\)"),
+        ("AdamW", {"lr": 10**400}, r"lr=10+: expected a number that float32 can hold"),
+        ("AdamW", {"betas": 0.9}, r"betas=0\.9: expected two numbers"),
+        ("AdamW", {"betas": (0.9, -0.1)}, r"beta2=-0\.1: expected a number in \[0, 1\)"),
+        ("AdamW", {"eps": NAN}, r"eps=nan: expected a number in \[0, inf\)"),
+        ("AdamW", {"mars_gamma": -1.0}, r"mars_gamma=-1\.0: expected a number in \[0, inf\)"),
+        ("AdamW", {"beta2_scale": -1.0}, r"beta2_scale=-1\.0: expected a number in \[0, inf\)"),
+        ("AdamW", {"warmup_steps": math.inf}, r"warmup_steps=inf: expected a number in \[0, inf\)"),
+        ("AdamW", {"storage_dtype": torch.float32}, r"storage_dtype=torch\.float32: expected one of 'float32', 'bfl"),
+        (
+            "AdamW",
+            {"update_clipping": 1.0},
+            r"update_clipping=1\.0: expected None, a function, or one of l2_clip_, rms",
+        ),
+        ("AdamW", {"foreach": "no"}, r"foreach='no': expected True or False"),
+        ("AdamW", {"seed": 0.5}, r"unsupported operand|seed"),
+        ("Muon", {"nesterov": 1}, r"nesterov=1: expected True or False"),
+        ("SFAdamW", {"betas": (0.0, 0.9)}, r"beta1=0\.0: expected a number in \(0, 1\)"),
+        ("SFAdamW", {"weight_lr_power": NAN}, r"weight_lr_power=nan: expected a number in \(-inf, inf\)"),
+        ("SOAP", {"shampoo_beta": 1.0}, r"shampoo_beta=1\.0: expected a number in \[0, 1\)"),
+        ("SOAP", {"precondition_frequency": 0}, r"precondition_frequency=0: expected a positive int"),
+        ("SOAP", {"precondition_frequency": 2.5}, r"precondition_frequency=2\.5: expected a positive int"),
+        ("SOAP", {"max_precond_dim": 2**70}, r"max_precond_dim=\d+: expected a positive int"),
+        ("SOAP", {"data_format": "nchw"}, r"data_format='nchw': expected one of 'channels_first', 'channels_last'"),
+        ("SOAP", {"precond_scheduler": (1, 0)}, r"precond_scheduler=0: expected a number in \(0, inf\)"),
+        ("SOAP", {"merge_dims": "False"}, r"merge_dims='False': expected True or False"),
+        ("PSGDKron", {"preconditioner_update_probability": 1.5}, r"preconditioner_update_probability=1\.5: .*\[0, 1\]"),
+        ("PSGDKron", {"memory_save_mode": "half"}, r"memory_save_mode='half': expected one of None, 'one_diag', 'all_"),
+        ("PSGDKron", {"q_dtype": "float16"}, r"q_dtype='float16': expected one of 'float32', 'bfloat16'"),
+        ("PSGDKron", {"precond_init_scale": 0.0}, r"precond_init_scale=0\.0: expected a number in \(0, inf\)"),
+        ("PSGDKron", {"precond_lr": math.inf}, r"precond_lr=inf: expected a number in \[0, inf\)"),
+        ("PSGDKron", {"max_size_triangular": 0}, r"max_size_triangular=0: expected a positive int"),
+        ("PSGDKron", {"min_ndim_triangular": -1}, r"min_ndim_triangular=-1: expected an int of at least 0"),
+        ("PSGDKron", {"stochastic_schedule": None}, r"stochastic_schedule=None: expected True or False"),
+    ],
+)
+def test_an_option_out_of_range_is_named_with_what_was_expected(name, options, match):
+    cls = getattr(hbfunc, name)
+    with pytest.raises((ValueError, TypeError), match=match):
+        cls([P(2)], **options)
+    optimizer = cls([P(2)])
+    if "foreach" not in options and "seed" not in options:
+        with pytest.raises((ValueError, TypeError), match=match):
+            cls.recipe(**options)
+        with pytest.raises((ValueError, TypeError), match=match):
+            optimizer.add_param_group({"params": [P(3)], **options})
+        assert len(optimizer.param_groups) == 1
+
+
+def test_the_leaf_is_named():
+    """In functional and stateful form."""
+    params = {"layer": [torch.ones(2), torch.ones(2, dtype=torch.complex64)]}
+    for tx in (hbfunc.muon(), hbfunc.adamw(gradient_clipping="l2_clip_"), hbfunc.adamw(caution=True)):
+        with pytest.raises(
+            TypeError, match=r"params\['layer\.1'\] is torch\.complex64.*pass torch\.view_as_real of it"
+        ):
+            tx.init(params)
+    tx = hbfunc.adamw()
+    with pytest.raises(TypeError, match=r"grads\['layer\.1'\] is torch\.float32, expected a complex tensor"):
+        tx.update(tx.init(params), {"layer": [torch.ones(2), torch.ones(2)]}, params)
+    with pytest.raises(TypeError, match=r"grads\['a'\] is torch\.int64, expected a real floating point tensor"):
+        tx.update(tx.init({"a": torch.ones(2)}), {"a": torch.ones(2, dtype=torch.int64)}, {"a": torch.ones(2)})
+    with pytest.raises(TypeError, match=r"params\['head\.w'\] is torch\.complex64"):
+        hbfunc.SOAP([("head.w", P(2, dtype=torch.complex64))])
+    optimizer = hbfunc.AdamW([("head.w", P(2, dtype=torch.complex64))])
+    optimizer.param_groups[0]["gradient_clipping"] = "l2_clip_"
+    p = optimizer.param_groups[0]["params"][0]
+    p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match=r"params\['head\.w'\] is torch\.complex64"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("value", [NAN, -1.0, math.inf, 1e39])
+def test_what_a_scheduler_writes_is_checked_before_anything_is_written(value):
+    first, second = make_params("first."), make_params("second.")
+    optimizer = hbfunc.AdamW([{"params": list(first.items())}, {"params": list(second.items())}], lr=0.1)
+    factors = [lambda t: 1.0, lambda t: 1.0 if t < 2 else value / 0.1]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    both = {**first, **second}
+    for _ in range(2):
+        give(both, draw(both))
+        optimizer.step()
+        scheduler.step()
+    give(both, draw(both))
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="lr="):
+        optimizer.step()
+    assert equal(snapshot(optimizer)["params"], before["params"])
+    assert equal(snapshot(optimizer)["state"], before["state"])
+    optimizer.param_groups[1]["lr"] = 0.1
+    optimizer.step()
+    assert not equal(snapshot(optimizer)["params"], before["params"])
+
+
+# -- complex parameters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters_are_those_of_torch(dtype):
+    """Classes and recipes; torch.optim.AdamW sees complex numbers as pairs of reals, too."""
+    p, real = torch.nn.Parameter(torch.randn(3, 2, dtype=dtype)), P(3)
+    start = {"p": p.detach().clone(), "real": real.detach().clone()}
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-30, "weight_decay": 0.1}
+    q, other = (torch.nn.Parameter(x.clone()) for x in start.values())
+    theirs = torch.optim.AdamW([q, other], **options)
+    averaged = type("Averaged", (hbfunc.ForeachAdamW,), {"use_ema": True})
+    optimizer = averaged([("p", p), ("real", real)], **options, nonfinite="skip")
+    functional = Functional(hbfunc.adamw(**options), start)
+    for t in range(5):
+        grads = {k: torch.randn_like(x) for k, x in start.items()}
+        if t == 2:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            p.data = p.data.clone()  # other memory
+            give({"p": p, "real": real}, {**grads, "p": grads["p"] * complex(0, NAN)})
+            optimizer.step()  # skipped
+        give({"p": p, "real": real}, grads)
+        give({"p": q, "real": other}, grads)
+        optimizer.step()
+        theirs.step()
+        functional.step(grads)
+        assert p.grad is None
+        rtol = 1e-5 if dtype == torch.complex64 else 1e-12
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(functional.params["p"], q.detach(), rtol=rtol, atol=rtol)
+        assert torch.equal(real, functional.params["real"])
+    assert optimizer.state[p]["exp_avg"].shape == (3, 2, 2)
+    assert optimizer.state[p]["ema"].dtype == dtype
+    assert int(optimizer.state[p]["skipped"]) == 1
+
+
+def test_schedule_free_moves_complex_parameters():
+    p = torch.nn.Parameter(torch.randn(2, 2, dtype=torch.complex64))
+    pairs = torch.nn.Parameter(torch.view_as_real(p.detach().clone()))
+    optimizer, reals = hbfunc.SFAdamW([p], lr=0.1), hbfunc.SFAdamW([pairs], lr=0.1)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        pairs.grad = torch.view_as_real(p.grad.clone())
+        optimizer.step()
+        reals.step()
+    for o in (optimizer, reals):
+        o.eval()
+    assert torch.equal(torch.view_as_real(p.detach()), pairs)
+    for o in (optimizer, reals):
+        o.train()
+    assert torch.equal(torch.view_as_real(p.detach()), pairs)
+
+
+# -- faults ---------------------------------------------------------------------------------------------------------
+
+
+class Trouble:
+    """A clipping function that raises when told to, with what it is told to raise."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    def __call__(self, us: list[Tensor]) -> list[Tensor]:
+        if self.error is not None:
+            raise self.error
+        return us
+
+
+def two_groups(name: str, clip: Any, foreach: bool = True) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+    torch.manual_seed(3)
+    first, second = make_params("first."), make_params("second.")
+    groups = [{"params": list(first.items())}, {"params": list(second.items()), "gradient_clipping": clip}]
+    return getattr(hbfunc, name)(groups, lr=0.01, seed=SEED, foreach=foreach), {**first, **second}
+
+
+@every_class
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_an_error_in_a_later_group_leaves_all_groups_as_they_were(name, error):
+    """At the first step, at a later one; the next is what it would have been."""
+    trouble = Trouble()
+    optimizer, params = two_groups(name, trouble)
+    plain, theirs = two_groups(name, None)
+    for t in range(4):
+        grads = draw(params)
+        give(params, grads)
+        give(theirs, grads)
+        plain.step()
+        if t in (0, 2, 3):
+            before = snapshot(optimizer)
+            trouble.error = error("in the second group")
+            with pytest.raises(error, match="in the second group"):
+                optimizer.step()
+            trouble.error = None
+            assert equal(snapshot(optimizer), before), t
+            assert all(p.grad is not None for p in params.values())
+        optimizer.step()
+        assert_same(params, theirs, t)
+
+
+def test_an_error_while_compiling_a_later_group_leaves_all_groups_as_they_were(monkeypatch):
+    monkeypatch.setattr(utils, "compile_mode", "aot_eager")
+
+    params = {k: p for k, p in make_params().items() if k in ("bias", "scalar")}
+    groups = [{"params": [(k, p)]} for k, p in params.items()]
+    optimizer = hbfunc.AdamW(groups)
+    optimizer.param_groups[1]["gradient_clipping"] = raising
+    before = snapshot(optimizer)
+    give(params, draw(params))
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        optimizer.step()
+    assert equal(snapshot(optimizer), before)
+    optimizer.param_groups[1]["gradient_clipping"] = None
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    optimizer.step()
+    give(params, draw(params))
+    optimizer.step()
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+    assert made == 2  # a rehearsal on copies compiles what the step then runs
+    assert all(
+        not torch.equal(p, q) for p, q in zip(params.values(), before["params"][0] + before["params"][1], strict=True)
+    )
+
+
+def test_one_by_one_a_second_step_does_what_the_first_left(monkeypatch):
+    """foreach=False: no memory for all at once, so a failure in the middle ends a step in the middle."""
+    trouble = Trouble()
+    optimizer, params = two_groups("AdamW", trouble, foreach=False)
+    plain, theirs = two_groups("AdamW", None)
+    for t in range(3):
+        grads = draw(params)
+        give(params, grads)
+        give(theirs, grads)
+        plain.step()
+        if t:
+            trouble.error = ArithmeticError("in the second group")
+            with pytest.raises(ArithmeticError):
+                optimizer.step()
+            trouble.error = None
+            assert {k for k, p in params.items() if p.grad is None} == {k for k in params if k.startswith("first.")}
+        optimizer.step()
+        assert_same(params, theirs, t)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("ForeachSOAP", "hbfunc.transforms.soap.bases.refresh"),
+        ("ForeachSOAP", "hbfunc.transforms.soap.bases.eigenbasis"),
+        ("ForeachPSGDKron", "hbfunc.transforms.psgd.kron.fit"),
+    ],
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_out_of_memory_in_a_refresh(name, place, groups, monkeypatch):
+    options = {"ForeachPSGDKron": {"preconditioner_update_probability": 1.0}}.get(name, {})
+    params = make_params()
+    theirs = copy.deepcopy(params)
+
+    def make(params: dict[str, Tensor]) -> torch.optim.Optimizer:
+        pairs = list(params.items())
+        parts = [{"params": pairs[i::groups]} for i in range(groups)]
+        return getattr(hbfunc, name)(parts, seed=SEED, lr=0.1, **options)
+
+    optimizer, plain = make(params), make(theirs)
+    failed = 0
+    for t in range(5):
+        grads = draw(params)
+        give(params, grads)
+        give(theirs, grads)
+        plain.step()
+        before = snapshot(optimizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            try:
+                optimizer.step()
+            except torch.OutOfMemoryError:
+                failed += 1
+                assert equal(snapshot(optimizer), before), t
+        optimizer.step()  # what has been stepped has no gradients any more
+        assert_same(params, theirs, t)
+    assert failed
+
+
+def full(*args: Any, **options: Any) -> Any:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_ctrl_c_while_a_step_writes_waits_for_its_end(monkeypatch):
+    from hbfunc.optim import unit
+
+    written = []
+
+    def interrupted(writes: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        written.append(len(writes))
+        write(writes)
+
+    write = unit.write
+    optimizer, params = two_groups("AdamW", None)
+    plain, theirs = two_groups("AdamW", None)
+    handler = signal.getsignal(signal.SIGINT)
+    for t in range(3):
+        grads = draw(params)
+        give(params, grads)
+        give(theirs, grads)
+        plain.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(unit, "write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        assert len(written) == 2 * (t + 1)
+        assert all(p.grad is None for p in params.values())
+        assert_same(params, theirs, t)
+        assert equal(optimizer.state_dict(), plain.state_dict())
+        assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_step_in_another_thread_leaves_signals_alone():
+    optimizer, params = two_groups("AdamW", None)
+    give(params, draw(params))
+    thread = threading.Thread(target=optimizer.step)
+    thread.start()
+    thread.join()
+    assert all(p.grad is None for p in params.values())
+
+
+def test_exceptions_in_hooks():
+    """Before a step: nothing has happened. After it: it is done. In a backward pass: it never began."""
+    optimizer, params = two_groups("ForeachSOAP", None)
+    plain, theirs = two_groups("ForeachSOAP", None)
+    trouble = Trouble()
+
+    def hook(*args: Any) -> None:
+        trouble([])
+
+    def both() -> None:
+        grads = draw(params)
+        give(params, grads)
+        give(theirs, grads)
+        plain.step()
+
+    handle = optimizer.register_step_pre_hook(hook)
+    both()
+    before = snapshot(optimizer)
+    trouble.error = ArithmeticError("before")
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    assert equal(snapshot(optimizer), before)
+    trouble.error = None
+    optimizer.step()
+    assert_same(params, theirs)
+    handle.remove()
+    optimizer.register_step_post_hook(hook)
+    both()
+    trouble.error = ArithmeticError("after")
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    assert_same(params, theirs)
+    assert equal(optimizer.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("clears", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_fused_optimizer_survives_a_backward_pass_that_fails(clears, last):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    reference = copy.deepcopy(model)
+    trouble = Trouble()
+    failing = model[0].weight if last else model[1].bias
+    utils.fused_hook(model.parameters(), hbfunc.AdamW, lr=0.1)
+
+    def hook(p: Tensor) -> None:
+        trouble([])
+
+    failing.register_post_accumulate_grad_hook(hook)
+    optimizer = hbfunc.AdamW(reference.parameters(), lr=0.1)
+    for t in range(4):
+        x = torch.randn(2, 3)
+        if t % 2:
+            trouble.error = ArithmeticError("in a hook")
+            with pytest.raises(ArithmeticError):
+                model(x).square().sum().backward()
+            trouble.error = None
+            if clears:
+                model.zero_grad()
+            else:
+                for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+                    q.grad = None if p.grad is None else p.grad.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if clears else "ignore")
+            model(x).square().sum().backward()
+        reference(x).square().sum().backward()
+        optimizer.step()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            assert p.grad is None
+            assert torch.equal(p, q), t
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
+    """To another name, then renamed; see docs/trust.md."""
+    path = tmp_path / "checkpoint.pt"
+    script = f"""
+import os, sys, torch, hbfunc
+hbfunc.utils.compile_mode = None
+torch.manual_seed(0)
+p = torch.nn.Parameter(torch.zeros(50_000))
+optimizer = hbfunc.SFAdamW([p], seed=0)
+while True:
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.save({{"p": p.detach(), "optimizer": optimizer.state_dict()}}, {str(path)!r} + ".new")
+    os.replace({str(path)!r} + ".new", {str(path)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    held = torch.load(path, weights_only=True)
+    p = torch.nn.Parameter(held["p"])
+    optimizer = hbfunc.SFAdamW([p], seed=0)
+    optimizer.load_state_dict(held["optimizer"])
+    steps = int(optimizer.state[p]["schedule_free.count"])
+    replayed = torch.nn.Parameter(torch.zeros(50_000))
+    reference = hbfunc.SFAdamW([replayed], seed=0)
+    for _ in range(steps):
+        replayed.grad = torch.ones_like(replayed)
+        reference.step()
+    assert steps > 0
+    assert torch.equal(p, replayed)
+    assert equal(reference.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+# -- state dicts from anywhere --------------------------------------------------------------------------------------
+
+
+def places_in(x: Any, path: tuple[Any, ...] = ()) -> Any:
+    if path:
+        yield path
+    for k, v in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ():
+        yield from places_in(v, (*path, k))
+
+
+def strange(draws: random.Random, old: Any) -> Any:
+    """Something else in the place of a value."""
+    if isinstance(old, Tensor) and draws.random() < 0.5:
+        nan = old * NAN if old.is_floating_point() else old - 2**62
+        kinds = [old.half(), old.flatten()[:1].clone(), old.unsqueeze(0), old.int(), nan, old.tolist(), -old]
+        return draws.choice([*kinds, old.to("meta"), old.to(torch.complex64), old.bool(), old.to_sparse()])
+    numbers = [-1, 0, 1, 2**40, 2**63, 10**400, -(10**400), 0.5, NAN, math.inf, -1e300, 1e300, 3 + 2j]
+    nests: list[Any] = [[], {}, (), [1, 2], {"a": 1}, [NAN, NAN], (0.9,), (0.9, 0.99, 0.999), ("a", "b"), [0.9, [1]]]
+    objects: list[Any] = [None, True, "x", "", "function f", b"x", object(), print, os.system]
+    tensors = [torch.zeros(()), torch.zeros(3), torch.tensor(NAN), torch.zeros(2, 2, dtype=torch.int64)]
+    tensors += [torch.tensor(3 + 1j), torch.zeros(3, 3).to_sparse(), torch.zeros(3, device="meta")]
+    return draws.choice([*numbers, *nests, *objects, *tensors])
+
+
+def mutated(draws: random.Random, held: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A state dict with one thing changed, and what."""
+    held = copy.deepcopy(held)
+    part = "param_groups" if draws.random() < 0.6 else draws.choice(["state", "state", None])
+    path = draws.choice(list(places_in(held[part], (part,)) if part else places_in(held)))
+    node: Any = held
+    for k in path[:-1]:
+        node, parent, last = node[k], node, k
+    if isinstance(node, tuple):
+        node = parent[last] = list(node)
+    k = path[-1]
+    kind = draws.choice(["set", "set", "set", "delete", "add", "swap"])
+    if kind == "set":
+        node[k] = strange(draws, node[k])
+    elif kind == "delete":
+        del node[k]
+    elif kind == "add" and isinstance(node, dict):
+        node[draws.choice(["extra", 7, None, ("a",)])] = strange(draws, None)
+    elif kind == "add":
+        node.append(strange(draws, None))
+    elif isinstance(node, dict):
+        other = draws.choice(list(node))
+        node[k], node[other] = node[other], node[k]
+    else:
+        node.reverse()
+    return held, (kind, path)
+
+
+def fuzz(name: str, seed: int, examples: int) -> None:
+    """Either refused, and nothing has changed, or taken, and a step works. Nothing in it is called."""
+    draws = random.Random(seed)
+
+    def make() -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        params = make_params()
+        pairs = list(params.items())
+        cls = type("Averaged", (getattr(hbfunc, name),), {"use_ema": True})
+        groups = [{"params": pairs[:2]}, {"params": pairs[2:], "lr": 0.1, "nonfinite": "skip"}]
+        return cls(groups, seed=3), params
+
+    def train(optimizer: Any, params: dict[str, Tensor]) -> None:
+        give(params, draw(params))
+        optimizer.step()
+
+    source, params = make()
+    train(source, params)
+    train(source, params)
+    held = source.state_dict()
+    optimizer, params = make()
+    train(optimizer, params)
+    taken = 0
+    for _ in range(examples):
+        bad, what = mutated(draws, held)
+        before = snapshot(optimizer)
+        try:
+            optimizer.load_state_dict(bad)
+        except (ValueError, TypeError, KeyError):
+            assert equal(snapshot(optimizer), before), what
+            continue
+        taken += 1
+        if any(group.get("curvature") for group in optimizer.param_groups):
+            continue  # which steps with a closure only
+        values = [x for entries in optimizer.state.values() for x in entries.values()]
+        assert all(isinstance(x, Tensor) and not x.isnan().any() for x in values), what
+        train(optimizer, params)
+        optimizer, params = make()
+        train(optimizer, params)
+    assert 0 < taken < examples
+
+
+@pytest.mark.parametrize("name", ["ForeachAdamW", "ForeachSFAdamW", "ForeachSOAP", "ForeachPSGDKron"])
+def test_a_mutated_state_dict_is_refused_or_harmless(name):
+    fuzz(name, seed=0, examples=80)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(1, 5))
+@every_class
+def test_many_mutated_state_dicts_are_refused_or_harmless(name, seed):
+    fuzz(name, seed, examples=500)
+
+
+def test_nothing_of_a_checkpoint_is_called_or_unpickled():
+    """Betas that are schedules are saved by their names, too."""
+
+    def schedule(t: Tensor) -> Tensor:
+        return 1 - 1 / (t + 1)
+
+    def make() -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
+        p = P(2)
+        return hbfunc.AdamW([p], lr=lambda t: 0.1 / t, betas=(0.9, schedule)), p
+
+    optimizer, p = make()
+    p.grad = ramp(p)
+    optimizer.step()
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    held = torch.load(buffer, weights_only=True)
+    assert held["param_groups"][0]["betas"] == (0.9, "function schedule")
+    other, q = make()
+    other.load_state_dict(held)
+    assert other.param_groups[0]["betas"][1] is not schedule or q is not p
+    q.data.copy_(p.detach())
+    p.grad, q.grad = ramp(p), ramp(p)
+    optimizer.step()
+    other.step()
+    assert torch.equal(p, q)
+    calls: list[Any] = []
+    held["param_groups"][0]["lr"] = calls.append
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['lr'\] is .*functions come from the class"):
+        other.load_state_dict(held)
+    assert not calls

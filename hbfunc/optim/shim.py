@@ -308,6 +308,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views."""
         names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
         owners = {names[id(p)]: p for p in trainable(group)}
+        for k, p in owners.items():
+            if p.is_complex():
+                check_dtype(k, p, self.transform(group).elementwise)
         leaves = sorted((k, self._leaf(p)) for k, p in owners.items())
         devices = dict.fromkeys(p.device for _, p in leaves)  # tensors of one graph are on one device
         parts = [[leaf for leaf in leaves if leaf[1].device == device] for device in devices]
