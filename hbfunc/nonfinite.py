@@ -122,7 +122,7 @@ def _nested(inner: Transform) -> Any:
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
     """The path of the first tensor with an entry that is infinite or NaN, None if all are finite. Waits for them."""
-    flags = {k: ok for k, ok in _finite(tensors).items() if not ok.is_meta}
+    flags = {k: _whole(ok) for k, ok in _finite(tensors).items() if not ok.is_meta}
     together: dict[torch.device, list[str]] = {}
     for k, ok in flags.items():
         together.setdefault(ok.device, []).append(k)
@@ -140,4 +140,9 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     real = [torch.view_as_real(x) if x.is_complex() else x for x in tensors if x.numel() and not x.is_meta]
     if not real:
         return torch.ones((), dtype=torch.bool)
-    return torch.isfinite(torch.nn.utils.get_total_norm(real, math.inf))  # a largest magnitude cannot overflow
+    return torch.isfinite(_whole(torch.nn.utils.get_total_norm(real, math.inf)))  # a largest magnitude cannot overflow
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A plain tensor, the same on all ranks, of a distributed one."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

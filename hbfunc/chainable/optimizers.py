@@ -20,7 +20,7 @@ from hbfunc.optim.first_order import TrainEval
 from hbfunc.optim.shim import StatefulOptimizer, trainable, use_default
 from hbfunc.optim.unit import Refresh, Unit
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes.common import before
+from hbfunc.recipes.common import before, check_flags, two_betas
 from hbfunc.schedules import warmup
 from hbfunc.transform import Transform
 from hbfunc.transform import chain as chain_
@@ -106,6 +106,16 @@ class ChainOpt(StatefulOptimizer):
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         return super().hyperparameter(group, name) if "betas" in group else group[name]
+
+    def _checked(self, group: dict[str, Any], names: list[str]) -> None:
+        options = {k: v for k, v in self.options(group).items() if isinstance(v, (int, float, Tensor))}
+        if "betas" in group:
+            options["beta1"], options["beta2"] = two_betas(group["betas"])
+        for name, value in options.items():
+            if not isinstance(value, bool):
+                self.check_hyperparameter(name, value)
+        check_flags(mars=group["mars"], caution=group["caution"])
+        super()._checked(group, names)
 
     def transform(self, group: dict[str, Any]) -> Transform:
         """The chain of a param group: what comes before the functions, these, and the step."""

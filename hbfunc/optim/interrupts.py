@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from typing import Any
+
+
+class _Waiting:
+    """The handler of SIGINT while it waits."""
+
+    def __init__(self, before: Callable[..., Any]) -> None:
+        self.before, self.arrived = before, list[tuple[Any, ...]]()
+
+    def __call__(self, *arguments: Any) -> None:
+        self.arrived.append(arguments)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """SIGINT that arrives inside is handled, by whoever handles it outside, at the end."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield  # Python handles signals in the main thread only, and this one nowhere
         return
-    arrived: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    waiting = _Waiting(before)
+    signal.signal(signal.SIGINT, waiting)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if arrived:
-            handler(*arrived[0])
+        signal.signal(signal.SIGINT, before)
+        if waiting.arrived:
+            before(*waiting.arrived[0])
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside of `uninterrupted`: for what may take long and writes nothing."""
+    waiting = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not isinstance(waiting, _Waiting):
+        yield
+        return
+    signal.signal(signal.SIGINT, waiting.before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, waiting)

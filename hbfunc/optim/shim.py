@@ -209,8 +209,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     p.grad = None
             if self.use_ema:
                 self._move_averages(moved)
-            for p in (*self._pairs.values(), *(p for group in self.param_groups for p in group["params"])):
+            for p in self._pairs.values():
                 p.grad = None
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
 
     def _rehearse(self, steps: list[tuple[Unit, Any, list[Tensor] | None]]) -> None:
         """Meet what the steps would raise before any of them writes."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from hbfunc import utils
 from hbfunc.optim import guard
 from hbfunc.optim.compiled import Step, Writes, compiled, in_place_step, write
+from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.state import Place, hyper_names, hyper_places, nested, places
 from hbfunc.transform import Leaves, Transform, compute_dtype
@@ -144,8 +145,12 @@ class Unit:
                 self._rehearse(self.steps[key], given, products or (), keep=mode is None)
             self.tried.add(key)
             return
-        self._run(self.steps[key], given, products or ())
-        self.tried.add(key)
+        if mode is None or key in self.tried:
+            self._run(self.steps[key], given, products or ())
+        else:
+            with interruptible():  # a long compilation, before the first write
+                self._run(self.steps[key], given, products or ())
+            self.tried.add(key)
         if self.counted:
             self.counted = guard.later(torch.stack(self._count_tensors()))
         elif self.counts:

@@ -65,6 +65,17 @@ class FromTransform(WithCurvature):
         """The value in a param group of a hyperparameter of the state."""
         return group[name]
 
+    def _checked(self, group: dict[str, Any], names: list[str]) -> None:
+        super()._checked(group, names)
+        for name in hyper_names(self._hyper(group, names)).values():
+            if name in group:
+                self.check_hyperparameter(name, group[name])
+
+    def _hyper(self, group: dict[str, Any], names: list[str]) -> dict[Place, Tensor]:
+        """The hyperparameters of a group's transform, by place."""
+        leaves = Leaves(sorted(zip(names, map(self._leaf, group["params"]), strict=True)))
+        return dict(hyper_places(self.transform(group).init(leaves)))
+
     def check_hyperparameter(self, name: str, value: Any) -> None:
         """Any finite number: what the names mean is the transform's affair."""
         check_number(name, value, -math.inf, math.inf, open_low=True, open_high=True)
@@ -75,9 +86,8 @@ class FromTransform(WithCurvature):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            named = zip(self._names(len(self.param_groups) - 1), group["params"], strict=True)
             tx = self.transform(group)
-            hyper = dict(hyper_places(tx.init(Leaves(sorted((k, self._leaf(p)) for k, p in named)))))
+            hyper = self._hyper(group, self._names(len(self.param_groups) - 1))
             if "lr" not in hyper_names(hyper).values():
                 tx = with_lr(tx)
                 hyper = _lr_beside(hyper)

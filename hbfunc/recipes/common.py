@@ -106,12 +106,18 @@ def after(update_clipping: Clipping, caution: bool, caution_scaling: bool) -> li
 
 def numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any, mars_gamma: Any, beta2_scale: Any) -> dict[str, Any]:
     """The hyperparameters that the first-order recipes share, by their names in the state."""
-    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"betas={betas!r}: expected two numbers")
-    first, second = betas
+    first, second = two_betas(betas)
     values = {"lr": lr, "beta1": first, "beta2": second, "eps": eps, "weight_decay": weight_decay}
     values |= {"mars_gamma": mars_gamma, "beta2_scale": beta2_scale}
     return {k: number(k, v) for k, v in values.items()}
+
+
+def two_betas(betas: Any) -> tuple[Any, Any]:
+    """The two of `betas`. Raises ValueError for what is no pair."""
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: expected two numbers")
+    first, second = betas
+    return first, second
 
 
 def number(name: str, value: Any) -> Any:
