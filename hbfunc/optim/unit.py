@@ -175,7 +175,8 @@ class Unit:
         if keep:
             self.pending = step(params, grads, tensors, products)
         else:
-            step(list(map(_copy, params)), grads, list(map(_copy, tensors)), products)
+            with suppress(torch.OutOfMemoryError):  # copies need more of it than the step itself
+                step(list(map(_copy, params)), grads, list(map(_copy, tensors)), products)
             self.forget()
 
     def _taken(self, given: Sequence[int]) -> tuple[list[Tensor], list[Any]]:
