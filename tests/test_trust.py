@@ -1236,16 +1236,18 @@ def fuzz(name: str, seed: int, examples: int) -> None:
     assert 0 < taken < examples
 
 
+@pytest.mark.filterwarnings("ignore:.* no effect")
 @pytest.mark.parametrize("name", ["ForeachAdamW", "ForeachSFAdamW", "ForeachSOAP", "ForeachPSGDKron"])
 def test_a_mutated_state_dict_is_refused_or_harmless(name):
     fuzz(name, seed=0, examples=80)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.filterwarnings("ignore:.* no effect")
+@pytest.mark.parametrize("seed", [1, 2])
 @every_class
 def test_many_mutated_state_dicts_are_refused_or_harmless(name, seed):
-    fuzz(name, seed, examples=500)
+    fuzz(name, seed, examples=400)
 
 
 def test_nothing_of_a_checkpoint_is_called_or_unpickled():

@@ -84,13 +84,12 @@ def released(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, d
     for p, entries in state.items():
         found[p] = {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()}
         if any(name in found[p] for name in EMA):
-            for name, like in zip(EMA, (p.to(average_dtype(p)), torch.zeros((), dtype=torch.int64)), strict=True):
+            for name, like in zip(
+                EMA, (p.to(average_dtype(p)), torch.zeros((), dtype=torch.int64, device=p.device)), strict=True
+            ):
                 average = found[p].get(name)
-                if (
-                    not isinstance(average, Tensor)
-                    or average.is_meta != p.is_meta
-                    or average.shape != like.shape
-                    or average.dtype != like.dtype
+                if not isinstance(average, Tensor) or any(
+                    getattr(average, what) != getattr(like, what) for what in ("shape", "dtype", "layout", "is_meta")
                 ):
                     what = f"{like.dtype} of shape {tuple(like.shape)}"
                     raise ValueError(f"state of a parameter: {name!r} is {average!r}, expected {what}")

@@ -108,7 +108,7 @@ def rmsprop(
 
     `r` and `weight_lr_power` are in the documented signature and mean nothing here: setting them gives a warning.
     """
-    if r != 0.0 or weight_lr_power != 2.0:
+    if number("r", r) != 0.0 or number("weight_lr_power", weight_lr_power) != 2.0:
         warnings.warn(
             f"r={r} and weight_lr_power={weight_lr_power} have no effect in rmsprop: leave them out", stacklevel=2
         )
