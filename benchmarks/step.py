@@ -253,6 +253,7 @@ def measure(
             for kind in 2 * kinds:
                 one.step(gradients, kind if mine.due else None)
             field.append(one)
+            print(f"  {name}: first step {first[name]:.1f} s", flush=True)
         except Exception as error:
             if name == OURS:
                 raise
@@ -410,6 +411,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for set_name, row in plan(args):
         shapes = SETS[set_name]()
         specs = contenders(row, shapes, modes, args.quick)
+        specs = {name: spec for name, spec in specs.items() if name not in args.without}
         print(f"{set_name}, {row}: {', '.join(specs)}", flush=True)
         found = measure(row, shapes, specs, where, 0 if args.quick else args.seconds, limits)
         found |= {"measured_on": facts(where), "limits": limits.data()}
@@ -427,6 +429,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--sets", nargs="+", choices=list(SETS), metavar="SET", help=", ".join(SETS))
     made.add_argument("--classes", nargs="+", choices=list(classes()), metavar="CLASS", help=", ".join(classes()))
     made.add_argument("--seconds", type=float, default=60, help="of timed steps, for each class and set")
+    made.add_argument("--without", nargs="+", default=[], metavar="PEER", help='such as "HeavyBall eager"')
     made.add_argument("--modes", nargs="+", default=[DEFAULT_MODE], help="hbfunc.utils.compile_mode; none for eager")
     made.add_argument("--heavyball", type=Path, help="a folder to import HeavyBall from, if it is not installed")
     return made.parse_args(argv)
