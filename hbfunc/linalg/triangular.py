@@ -1,7 +1,7 @@
 """Products with triangular factors or symmetric results, in blocks of columns: what is zero or known is not computed.
 
-With n / 192 blocks they need little more than half of the multiplications. Matrices are stacks [..., n, n]; those of
-fewer than 384 rows are multiplied whole.
+With n / 384 blocks they need as little as half of the multiplications. Matrices are stacks [..., n, n]; those of
+fewer than 768 rows are multiplied whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_BLOCK = 192  # columns; smaller blocks save more multiplications, and run at a lower rate
+_BLOCK = 384  # columns; smaller blocks save more multiplications, but make more kernels to compile
 
 
 def blocks(n: int) -> list[slice]:
