@@ -276,6 +276,27 @@ def test_a_class_that_goes_on_from_far_out(
     assert {int(x) for k, x in optimizer.state[p].items() if k.endswith("count")} == {n + 4}
 
 
+def test_a_deterministic_schedule_keeps_its_progress_when_the_probability_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The class counted the new probability from the first step on."""
+    monkeypatch.setattr(utils, "compile_mode", None)
+    name = "preconditioner_update_probability"
+    p = torch.nn.Parameter(PARAMS["w"].clone())
+    optimizer = hbfunc.PSGDKron([("w", p)], seed=5, stochastic_schedule=False, **{name: 0.3})
+    tx, params = hbfunc.psgd_kron(seed=5, stochastic_schedule=False, **{name: 0.3}), {"w": PARAMS["w"]}
+    state = tx.init(params)
+    for t in range(12):
+        if t == 5:
+            optimizer.param_groups[0][name] = 0.6
+            state["hyper"][name] = torch.tensor(0.6)
+        p.grad = GRADS["w"].clone()
+        optimizer.step()
+        updates, state = tx.update(state, {"w": GRADS["w"]}, params)
+        params = hbfunc.apply_updates(params, updates)
+        assert torch.equal(p, params["w"]), t
+
+
 # -- keys -----------------------------------------------------------------------------------------------------------
 
 

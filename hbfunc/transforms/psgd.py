@@ -308,7 +308,7 @@ def refresh_schedule(
 
     For callers whose leaves share their count, from the options of `scale_by_psgd`; `key` is the one in its state, and
     dtype that of the computation, in which the state holds a probability that is a number. A function of t is called
-    with a 0-dim float64 tensor.
+    with a 0-dim float64 tensor. A deterministic schedule walks through all steps up to t, when it is first asked.
 
         due = refresh_schedule(key=state["psgd"]["scale_by_psgd"]["key"])
         updates, state = tx.update(state, grads, params, refresh=due(t))
