@@ -1,6 +1,6 @@
 """hbfunc: HeavyBall's documented optimizers as pure, functional transforms and as drop-in torch.optim classes."""
 
-from hbfunc import chainable, convert, hypergrad, random, sweep, testing, utils
+from hbfunc import chainable, convert, distributed, hypergrad, random, sweep, testing, utils
 from hbfunc.combinators import (
     accumulate,
     caution,
@@ -124,6 +124,7 @@ __all__ = [
     "chainable",
     "clip_by",
     "convert",
+    "distributed",
     "exp_avg",
     "heavyball_momentum",
     "hypergrad",

@@ -60,7 +60,7 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         updates, inner = factory(**choices, **state["hyper"]).update(inner, updates, params, **extras)
         return updates, {"hyper": state["hyper"], **inner}
 
-    return transform(init, update, built.name, built.needs, built.layout, built.elementwise)
+    return transform(init, update, built.name, built.needs, built.layout, built.elementwise, built.leafwise)
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
@@ -133,7 +133,8 @@ def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wan
         assert inner.layout is not None
         return inner.layout(select(params))
 
-    return transform(init, update, inner.name, inner.needs, layout if inner.layout else None)
+    places = layout if inner.layout else None
+    return transform(init, update, inner.name, inner.needs, places, leafwise=inner.leafwise)
 
 
 def cautious(inner: Transform, scale: bool = True) -> Transform:
@@ -155,7 +156,7 @@ def caution(scale: bool = True) -> Transform:
             new[k] = torch.where(agree, u, 0) * factor
         return new, {}
 
-    return transform(lambda params: {}, update, "caution", needs=("grads",), elementwise=not scale)
+    return transform(lambda params: {}, update, "caution", ("grads",), elementwise=not scale, leafwise=True)
 
 
 def mars(inner: Transform, gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9) -> Transform:
@@ -213,7 +214,8 @@ def accumulate(inner: Transform, steps: int) -> Transform:
             "inner": select(last, after, state["inner"]),
         }
 
-    return transform(init, update, "accumulate", inner.needs, _nested(inner, "inner"), inner.elementwise)
+    places = _nested(inner, "inner")
+    return transform(init, update, "accumulate", inner.needs, places, inner.elementwise, inner.leafwise)
 
 
 def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
@@ -233,7 +235,8 @@ def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
         average = {k: ema(state["ema"][k], moved[k].to(compute_dtype(moved[k])), w[k]) for k in updates}
         return updates, kept({**state, "inner": {}}, count=t, ema=average) | {"inner": after}
 
-    return transform(init, update, "with_ema", inner.needs, _nested(inner, "inner"), inner.elementwise)
+    places = _nested(inner, "inner")
+    return transform(init, update, "with_ema", inner.needs, places, inner.elementwise, inner.leafwise)
 
 
 def _nested(inner: Transform, key: str) -> Callable[[Flat], Layout] | None:

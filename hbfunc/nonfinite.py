@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.exchange import hold_everywhere, is_sharded, local
 from hbfunc.schedules import count_zeros
 from hbfunc.transform import Flat, Leaves, State, Transform, kept, transform
 
@@ -37,9 +38,9 @@ def apply_if_finite(inner: Transform, also: bool | Tensor = True) -> Transform:
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
-        if not updates:
+        if not updates and isinstance(also, bool):
             return updates, state
-        ok = torch.stack(list(_finite(updates).values())).all() & also
+        ok = torch.stack(list(_finite(updates).values())).all() & also if updates else torch.as_tensor(also)
         new, after = _sheltered(inner, state["inner"], updates, params, dict.fromkeys(updates, ok), extras)
         return (
             {k: torch.where(ok, u, _NOTHING) for k, u in new.items()},
@@ -85,7 +86,7 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
 
 
 def _finite(updates: Flat) -> dict[str, Tensor]:
-    return {k: torch.isfinite(u).all() for k, u in updates.items()}
+    return hold_everywhere({k: torch.isfinite(local(u)).all() for k, u in updates.items()}, updates)
 
 
 def _sheltered(
@@ -122,7 +123,7 @@ def _nested(inner: Transform) -> Any:
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
     """The path of the first tensor with an entry that is infinite or NaN, None if all are finite. Waits for them."""
-    flags = {k: _whole(ok) for k, ok in _finite(tensors).items() if not ok.is_meta}
+    flags = {k: ok for k, ok in _finite(tensors).items() if not ok.is_meta}
     together: dict[torch.device, list[str]] = {}
     for k, ok in flags.items():
         together.setdefault(ok.device, []).append(k)
@@ -136,13 +137,14 @@ def _read(flags: list[Tensor]) -> list[bool]:
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every entry of every tensor is finite: a 0-dim bool tensor on the device of the first. In few kernels,
-    and without waiting for them. Tensors on the meta device have no entries."""
-    real = [torch.view_as_real(x) if x.is_complex() else x for x in tensors if x.numel() and not x.is_meta]
-    if not real:
-        return torch.ones((), dtype=torch.bool)
-    return torch.isfinite(_whole(torch.nn.utils.get_total_norm(real, math.inf)))  # a largest magnitude cannot overflow
-
-
-def _whole(x: Tensor) -> Tensor:
-    """A plain tensor, the same on all ranks, of a distributed one."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    and without waiting for them. Tensors on the meta device have no entries. Of DTensors all shards count, on all
+    ranks, which all must call."""
+    here = [x for x in map(local, tensors) if not x.is_meta]
+    real = [torch.view_as_real(x) if x.is_complex() else x for x in here if x.numel()]
+    if real:
+        ok = torch.isfinite(torch.nn.utils.get_total_norm(real, math.inf))  # a largest magnitude cannot overflow
+    else:
+        ok = torch.ones((), dtype=torch.bool, device=here[0].device if here else None)
+    for x in {x.device_mesh: x for x in tensors if is_sharded(x)}.values():  # type: ignore[attr-defined]
+        ok = hold_everywhere({"": ok}, {"": x})[""]
+    return ok

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hbfunc import random
+from hbfunc.exchange import on_shards
 from hbfunc.schedules import count_zeros, increment, materialize
 from hbfunc.transform import Flat, Leaves, State, Transform, check_choice, compute_dtype, kept, transform
 
@@ -59,7 +60,7 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
         new = map_parameter_state(new, params, lambda path, where, x: low.get(f"{path}/{where}", x).to(dtype))
         return updates, {**new, "storage": kept(keyed, count=t)}
 
-    return transform(init, update, inner.name, inner.needs, inner.layout)
+    return transform(init, update, inner.name, inner.needs, inner.layout, leafwise=inner.leafwise)
 
 
 def round_to_parameters(seed: int | Tensor = 0) -> Transform:
@@ -113,7 +114,8 @@ def round_each(xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tenso
         sizes = [xs[k].numel() for k in group]
         noise = materialize(random.rounding_bits(torch.stack(list(group.values())), sizes))
         for k, part in zip(group, noise.split([-(-n // 8) * 8 for n in sizes]), strict=True):
-            rounded[k] = random.round_with(xs[k], part[: xs[k].numel()].to(xs[k].device))
+            bits = part[: xs[k].numel()].to(xs[k].device).reshape(xs[k].shape)
+            rounded[k] = on_shards(random.round_with, xs[k], bits)
     return rounded
 
 

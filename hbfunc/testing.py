@@ -423,6 +423,21 @@ def joins_its_leaves(case: Case) -> None:
             params, flat = apply_updates(params, updates), apply_updates(flat, flat_updates)
 
 
+@_property
+def steps_its_leaves_alone(case: Case) -> None:
+    """A transform that calls itself leafwise gives a leaf the same updates whichever others there are."""
+    if not case.transform.leafwise or "curvature" in case.extras(1):
+        return
+    params, state = case.params, case.transform.init(case.params)
+    alone = {k: case.transform.init({k: p}) for k, p in params.items()}
+    for t, grads in enumerate(_gradients(case), 1):
+        updates, state = case.update(state, grads, params, t)
+        for k, p in params.items():
+            own, alone[k] = case.update(alone[k], {k: grads[k]}, {k: p}, t)
+            _assert_close(own[k], updates[k], f"step {t}, updates[{k!r}] alone")
+        params = apply_updates(params, updates)
+
+
 # -- helpers --------------------------------------------------------------------------------------------------------
 
 

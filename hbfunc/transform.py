@@ -42,6 +42,8 @@ class Transform(NamedTuple):
     elementwise: in float32 and float64, an entry of an update depends on no other entry, nor on where it is or what its
         leaf is called. So leaves with equal counts may be cut, joined and sharded, and give the same numbers; and a
         complex leaf is one of real numbers, as in torch.optim.
+    leafwise: an update of a leaf depends on no other leaf, so that each may be computed on another machine. All that is
+        elementwise is leafwise.
     """
 
     init: Callable[..., State]
@@ -50,6 +52,7 @@ class Transform(NamedTuple):
     needs: tuple[str, ...] = ()
     layout: Callable[[Flat], Layout] | None = None
     elementwise: bool = False
+    leafwise: bool = False
 
 
 class Leaves(dict[str, Tensor]):
@@ -164,6 +167,7 @@ def transform(
     needs: tuple[str, ...] = (),
     layout: Callable[[Flat], Layout] | None = None,
     elementwise: bool = False,
+    leafwise: bool = False,
 ) -> Transform:
     """A Transform over any tree, from functions over `Leaves`. Inside a chain, where trees are flat, it is free."""
 
@@ -186,7 +190,7 @@ def transform(
         # torch.compile counts its (few) permitted recompilations per code object: without one of their own, the tenth
         # optimizer that a process compiles would fail for the first nine.
         update_tree.__code__ = update_tree.__code__.replace(co_name=f"{name}_update")
-    return Transform(init_tree, update_tree, name, needs, layout, elementwise)
+    return Transform(init_tree, update_tree, name, needs, layout, elementwise, leafwise or elementwise)
 
 
 def chain(*transforms: Transform, name: str = "chain") -> Transform:
@@ -224,8 +228,9 @@ def chain(*transforms: Transform, name: str = "chain") -> Transform:
     def layout(params: Flat) -> Layout:
         return {n: t.layout(params) for n, t in zip(names, transforms, strict=True) if t.layout is not None}
 
-    elementwise = all(t.elementwise for t in transforms)
-    return transform(init, update, name, needs, layout if any(t.layout for t in transforms) else None, elementwise)
+    elementwise, leafwise = all(t.elementwise for t in transforms), all(t.leafwise for t in transforms)
+    stacked = any(t.layout for t in transforms)
+    return transform(init, update, name, needs, layout if stacked else None, elementwise, leafwise)
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -238,7 +243,7 @@ def stateless(name: str, fn: Callable[[Tensor], Tensor], elementwise: bool = Fal
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
         return {k: fn(u) for k, u in updates.items()}, {}
 
-    return transform(lambda params: {}, update, name, elementwise=elementwise)
+    return transform(lambda params: {}, update, name, elementwise=elementwise, leafwise=True)
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:

@@ -182,6 +182,23 @@ BROKEN: list[tuple[str, Transform, str]] = [
     ("has_plain_state", init_of({"a": torch.zeros((), requires_grad=True)}), r"state\['a'\] requires grad"),
     ("shares_no_memory", rule(last_gradient), r"step 1: 'state/m/bias' shares memory with 'grads/bias'"),
     ("shares_no_memory", rule(momentum, lambda params: {"m": dict(params)}), r"after init: 'state/m/.*with 'params/"),
+    (
+        "joins_its_leaves",
+        transform(
+            lambda params: {},
+            lambda s, us, p: ({k: u / u.norm() for k, u in us.items()}, {}),
+            "broken",
+            elementwise=True,
+        ),
+        r"step 1, torch.float32, leaves joined: 'joined' differs by",
+    ),
+    (
+        "steps_its_leaves_alone",
+        transform(
+            lambda params: {}, lambda s, us, p: ({k: u * len(us) for k, u in us.items()}, {}), "broken", leafwise=True
+        ),
+        r"step 1, updates\['bias'\] alone is off by",
+    ),
 ]
 
 

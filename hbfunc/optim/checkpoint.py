@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.exchange import hold_everywhere, is_sharded, local, placed
 from hbfunc.optim.guard import COUNTERS
 from hbfunc.transform import Transform, compute_dtype
 
@@ -48,7 +49,7 @@ def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
 
 def _check_values(state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError for a NaN anywhere, and for a count that is negative or about to overflow."""
-    found: list[tuple[str, Any, Tensor]] = []  # where, value, whether it is bad
+    found: list[tuple[str, Any, Tensor]] = []  # where, value, whether it is bad in what is here of it
     for i, group in enumerate(state_dict["param_groups"]):
         for k, v in group.items():
             where = f"['param_groups'][{i}][{k!r}]"
@@ -62,9 +63,13 @@ def _check_values(state_dict: Mapping[str, Any]) -> None:
             if not isinstance(x, Tensor) or x.is_meta or x.layout != torch.strided:
                 continue
             if x.is_floating_point():
-                found.append((where, x, x.isnan().any()))
+                found.append((where, x, local(x).isnan().any()))
             elif str(k).rpartition(".")[2] in _COUNTS and not x.is_complex():
-                found.append((where, x, ((x < 0) | (x > _MOST)).any()))
+                found.append((where, x, ((local(x) < 0) | (local(x) > _MOST)).any()))
+    if any(is_sharded(x) for _, x, _ in found):  # sorted: the order of a state dict may differ between ranks
+        found = sorted(found, key=lambda entry: entry[0])
+        good = hold_everywhere({where: ~flag for where, _, flag in found}, {where: x for where, x, _ in found})
+        found = [(where, x, ~good[where]) for where, x, _ in found]
     bad = torch.stack([flag.cpu() for *_, flag in found]).tolist() if found else []
     for (where, x, _), wrong in zip(found, bad, strict=True):
         if wrong:
@@ -93,7 +98,7 @@ def released(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, d
                 ):
                     what = f"{like.dtype} of shape {tuple(like.shape)}"
                     raise ValueError(f"state of a parameter: {name!r} is {average!r}, expected {what}")
-                found[p][name] = average.to(p.device, copy=True)
+                found[p][name] = placed(average, p).to(p.device, copy=True)
     return found
 
 
@@ -124,6 +129,16 @@ def _restored(loaded: Any, mine: Any, where: str) -> Any:
         values = [_restored(x, y, where) for x, y in zip(loaded, own, strict=True)]
         return values if isinstance(loaded, list) else tuple(values)
     return loaded
+
+
+def unshared(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict in which no two parameters share a 0-dim tensor, as the leaves of a joined one do their count:
+    torch.distributed.checkpoint loads each entry in place."""
+    state = {
+        p: {k: v.clone() if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in entries.items()}
+        for p, entries in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
 
 
 def without_functions(state_dict: dict[str, Any]) -> dict[str, Any]:

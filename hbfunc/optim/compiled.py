@@ -24,14 +24,15 @@ def in_place_step(
     extras: dict[str, Any],
     curvature: bool = False,
     deferred: bool = False,
+    empty: Sequence[Place] = (),
 ) -> Step:
     """step(params, grads, tensors, products) for the parameters at `paths`, of which those numbered `present` have
     gradients.
 
-    tensors: those of the state, at the places `at`; like the parameters they are written in place. products: with
-    `curvature`, Hessian times the transform's own probes for the parameters with gradients, or nothing on a step that
-    asks for none. Everything is computed before anything is written, so that an error leaves both as they were;
-    `deferred`: nothing is written, and what would be is returned.
+    tensors: those of the state, at the places `at`, where its empty dicts are at `empty`; like the parameters they are
+    written in place. products: with `curvature`, Hessian times the transform's own probes for the parameters with
+    gradients, or nothing on a step that asks for none. Everything is computed before anything is written, so that an
+    error leaves both as they were; `deferred`: nothing is written, and what would be is returned.
     """
 
     def step(
@@ -44,7 +45,7 @@ def in_place_step(
             known = zip(present, products, strict=False)
             product = {paths[i]: h.to(compute_dtype(params[i])) for i, h in known}
             more["curvature"] = lambda v: product
-        state = nested(dict(zip(at, tensors, strict=True)))
+        state = nested(dict(zip(at, tensors, strict=True)), empty)
         updates, state = transform.update(state, given, leaves, **more)
         moved = {k: leaves[k].to(u.dtype) + u for k, u in updates.items()}
         written = dict.fromkeys((*params, *tensors))

@@ -68,7 +68,7 @@ class WithCurvature(StatefulOptimizer):
         found = self._times_hessian(v)
         every: list[list[Tensor] | None] = []
         for (_, unit), wanted, now in zip(work, newton, due, strict=True):
-            params = [unit.params[i] for i in unit.present()] if now else []
+            params = unit.moving() if now else []
             every.append([found[p] if p in found else torch.zeros_like(p) for p in params] if wanted else None)
         return every
 

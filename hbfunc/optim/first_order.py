@@ -80,11 +80,12 @@ class TrainEval(StatefulOptimizer):
     @torch.no_grad()
     def _move(self, train: bool) -> None:
         move = schedule_free_train_params if train else schedule_free_eval_params
+        state = {**self.state, **self._presented(name="z")}
         for group in self.param_groups:
             if group["train_mode"] != train:
                 for p in group["params"]:
-                    if "z" in self.state.get(p, {}):
-                        z = {"z": {"param": self.state[p]["z"]}, "weight_sum": {}}
+                    if "z" in state.get(p, {}):
+                        z = {"z": {"param": state[p]["z"]}, "weight_sum": {}}
                         p.copy_(move(z, p, group["betas"][0]))
                 group["train_mode"] = train
 

@@ -34,10 +34,15 @@ def views(state: State, layout: Layout, paths: list[str], policy: str) -> dict[s
     """`per_parameter` of the state of a guarded transform: that of the rule, and the counter."""
     if policy not in ("skip", "skip_leaf"):
         return per_parameter(state, layout, paths)
-    found = per_parameter(state["inner"], layout.get("inner", {}), paths)
+    found = per_parameter(*rule_of(state, layout, policy), paths)
     name = COUNTERS[any(SKIPPED in entries for entries in found.values())]
     count = state[SKIPPED]
     return {k: {**entries, name: count[k] if isinstance(count, dict) else count} for k, entries in found.items()}
+
+
+def rule_of(state: State, layout: Layout, policy: str) -> tuple[State, Layout]:
+    """State and layout of the rule inside a guarded transform."""
+    return (state["inner"], layout.get("inner", {})) if policy in ("skip", "skip_leaf") else (state, layout)
 
 
 def fitting(held: Mapping[str, Any], view: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -8,7 +8,9 @@ recompile nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -16,12 +18,12 @@ import torch
 from torch import Tensor
 
 from hbfunc import nonfinite, random, utils
-from hbfunc.optim import checkpoint
+from hbfunc.exchange import is_sharded, local
+from hbfunc.optim import checkpoint, sharded
 from hbfunc.optim.checkpoint import EMA
-from hbfunc.optim.guard import fitting, guarded
+from hbfunc.optim.guard import guarded
 from hbfunc.optim.interrupts import uninterrupted
 from hbfunc.optim.joined import joins
-from hbfunc.optim.state import adopt
 from hbfunc.optim.unit import Refresh, Unit
 from hbfunc.recipes.common import check_flags, check_value
 from hbfunc.schedules import ema_weight
@@ -59,7 +61,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             product, with curvature). Parameters and state stay as they are, and `state[p]["skipped"]` counts.
         "skip_leaf": the step of that parameter alone. Both are decided on the device, without waiting for it.
         "raise": FloatingPointError naming the first such gradient, before anything is written. Waits for the device.
-    seed: of the random draws; None takes torch.initial_seed(), so that torch.manual_seed governs them.
+    seed: of the random draws; None takes torch.initial_seed(), so that torch.manual_seed governs them, and 0 in a job
+        of torch.distributed, whose ranks must draw the same, however they are seeded.
     """
 
     recipe: ClassVar[Callable[..., Transform]]
@@ -86,7 +89,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self.use_ema = use_ema
         defaults = {k: self._resolved(k, v) for k, v in defaults.items()}
         defaults.setdefault("nonfinite", "propagate")
-        defaults |= {"foreach": foreach, "seed": torch.initial_seed() if seed is None else seed}
+        defaults |= {"foreach": foreach, "seed": _default_seed() if seed is None else seed}
         if hasattr(self, "recipe"):
             defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
@@ -188,6 +191,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self._leaf(p)
         for i, group in enumerate(self.param_groups):
             self._check_gradients(i, group)
+        sharded.agree_on_gradients(self._named())
         policies = {group["nonfinite"] for group in self.param_groups}
         if "raise" in policies:
             self._raise_nonfinite({p: p.grad for group in self.param_groups for p in group["params"]}, "the gradient")
@@ -195,7 +199,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group), self.check_hyperparameter)
         # Without values (on the meta device) nobody can tell, and nothing is to be refreshed.
-        decisions = [not unit.params[0].is_meta and unit.due(self.refresh(group, unit)) for group, unit in work]
+        decisions = [not unit.moving()[0].is_meta and unit.due(self.refresh(group, unit)) for group, unit in work]
         products = self.products(work, decisions)
         moved = self._judge(work, products) if policies != {"propagate"} else {}
         steps = list(zip([unit for _, unit in work], decisions, products, strict=True))
@@ -205,7 +209,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for unit, decision, product in steps:
                 self.advance(unit, decision, product)
                 self._new = []
-                for p in unit.params:
+                for p in unit.parameters.values():
                     p.grad = None
             if self.use_ema:
                 self._move_averages(moved)
@@ -222,13 +226,15 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 self.advance(unit, decision, product, rehearse=True)
         except BaseException:
             for unit, *_ in steps:
-                unit.forget()
+                unit.abandon()
             raise
 
     def _leaf(self, p: Tensor) -> Tensor:
         """What a transform sees of a parameter: itself, or of a complex one a view, with the gradient, as reals."""
         if not p.is_complex():
             return p
+        if is_sharded(p):
+            raise TypeError("params: got a complex DTensor, expected real ones; pass torch.view_as_real of it")
         real = self._pairs.setdefault(p, as_real(p.detach()))
         real.data = as_real(p.detach())  # its memory may be another than it was
         real.grad = None if p.grad is None else as_real(p.grad)
@@ -270,13 +276,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         For the averages: whether each parameter whose step may be skipped will move.
         """
         pairs = list(zip(work, products, strict=True))
-        hessians = {unit.params[i]: h for (_, unit), hs in pairs if hs for i, h in zip(unit.present(), hs, strict=True)}
+        hessians = {p: h for (_, unit), hs in pairs if hs for p, h in zip(unit.moving(), hs, strict=True)}
         self._raise_nonfinite(hessians, "the Hessian-vector product")
         skipping = [(unit, hs or []) for (group, unit), hs in pairs if group["nonfinite"] == "skip"]
         moved: dict[Tensor, Tensor] = {}
         ok = None
-        if len(skipping) > 1 or self.use_ema or any(hs for _, hs in skipping):  # a unit alone judges in its graph
-            grads = [g for unit, hs in skipping for g in (*(p.grad for p in unit.params), *hs) if g is not None]
+        alone = len(skipping) == 1 and not isinstance(skipping[0][0], sharded.ShardedUnit)
+        if not alone or self.use_ema or any(hs for _, hs in skipping):  # a unit alone judges in its graph
+            grads = [g for unit, hs in skipping for g in (*(p.grad for p in unit.moving()), *hs) if g is not None]
             ok = nonfinite.all_finite(grads)
         for unit, _ in skipping:
             unit.agree(ok)
@@ -303,8 +310,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self._apart.add(index)  # and for good: a graph for every pattern of gradients would be one too many
             current = False
         if not current:
+            self.state.update(self._presented(units))
             key, units = self._units[index] = self._built(index, group)
-        return [unit for unit in units if any(p.grad is not None for p in unit.params)]
+        return [unit for unit in units if unit.moving()]
 
     @torch.no_grad()
     def _built(self, index: int, group: dict[str, Any]) -> tuple[Any, list[Unit]]:
@@ -315,19 +323,23 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if p.is_complex():
                 check_dtype(k, p, self.transform(group).elementwise)
         leaves = sorted((k, self._leaf(p)) for k, p in owners.items())
-        devices = dict.fromkeys(p.device for _, p in leaves)  # tensors of one graph are on one device
-        parts = [[leaf for leaf in leaves if leaf[1].device == device] for device in devices]
-        if not group["foreach"]:
-            parts = [[leaf] for leaf in leaves]
         double = any(p.dtype == torch.float64 for _, p in leaves)
         held = {k: self.state[p] for k, p in owners.items() if p in self.state}
-        units = [self._unit(group, Leaves(part), double, held, index) for part in parts]
+        if any(is_sharded(p) for _, p in leaves):
+            make, joining = partial(self.transform, group), None if index in self._apart else held
+            units = sharded.units(make, leaves, double, group["foreach"], group["nonfinite"], joining)
+        else:
+            devices = dict.fromkeys(p.device for _, p in leaves)  # tensors of one graph are on one device
+            parts = [[leaf for leaf in leaves if leaf[1].device == device] for device in devices]
+            if not group["foreach"]:
+                parts = [[leaf] for leaf in leaves]
+            units = [self._unit(group, Leaves(part), double, held, index) for part in parts]
         for unit in units:
-            values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.paths if k in held}
-            adopt(unit.views, {k: fitting(v, unit.views[k]) for k, v in values.items() if v})
+            values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.parameters if k in held}
+            unit.take({k: v for k, v in values.items() if v})
         for unit in units:
-            self._new += [owners[k] for k in unit.paths if k not in held]
-            for k in unit.paths:
+            self._new += [owners[k] for k in unit.parameters if k not in held]
+            for k in unit.parameters:
                 unit.shown[k].update({n: x for n, x in held.get(k, {}).items() if n in EMA})
                 self.state[owners[k]] = unit.shown[k]
         return self._key(group), units
@@ -336,6 +348,33 @@ class StatefulOptimizer(torch.optim.Optimizer):
         tx, policy = self.transform(group), group["nonfinite"]
         apart = index in self._apart or not tx.elementwise or policy == "skip_leaf"
         return Unit(tx, leaves, double, [] if apart else joins(leaves, held), policy)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        every = enumerate(self.param_groups)
+        return [pair for i, group in every for pair in zip(self._names(i), group["params"], strict=True)]
+
+    def _presented(self, units: Iterable[Unit] | None = None, name: str | None = None) -> dict[Tensor, dict[str, Any]]:
+        """What `state` holds of these or all units, or its entries of one name. Of leaves that have an owner, shards on
+        all ranks, which all must call."""
+        every = [unit for _, found in self._units.values() for unit in found] if units is None else units
+        shards: dict[Tensor, dict[str, Any]] = {}
+        for unit in every:
+            if isinstance(unit, sharded.OwnedUnit):
+                entries = unit.presented(lambda n: name in (None, n))
+                for k, p in unit.parameters.items():
+                    if self.state.get(p) is unit.shown[k]:
+                        rest = {n: x for n, x in unit.shown[k].items() if n in EMA and name in (None, n)}
+                        shards[p] = {**entries[k], **rest}
+        return shards
+
+    @contextmanager
+    def _showing_all(self) -> Iterator[None]:
+        held = self.state
+        self.state = defaultdict(dict, {**held, **self._presented()})
+        try:
+            yield
+        finally:
+            self.state = held
 
     def _names(self, index: int) -> list[str]:
         """Names of a group's parameters: given ones, or their numbers over all groups."""
@@ -415,14 +454,16 @@ class StatefulOptimizer(torch.optim.Optimizer):
     # Checkpoints and copies.
 
     def state_size(self) -> int:
-        """Bytes of state; 0 before the first step."""
-        tensors = [x for entries in self.state.values() for x in entries.values() if isinstance(x, Tensor)]
+        """Bytes of state on this rank; 0 before the first step."""
+        tensors = [local(x) for entries in self.state.values() for x in entries.values() if isinstance(x, Tensor)]
         return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in tensors}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, with functions in param groups by their names only, so that
-        `torch.load(weights_only=True)` takes it."""
-        return checkpoint.without_functions(super().state_dict())
+        `torch.load(weights_only=True)` takes it. Of sharded parameters, DTensors, the same entries on all ranks, which
+        all must call."""
+        with self._showing_all():
+            return checkpoint.without_functions(checkpoint.unshared(super().state_dict()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's, but state keeps its dtype (float32 moments of bfloat16 parameters), options that the
@@ -444,7 +485,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             hold.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "use_ema": self.use_ema}
+        with self._showing_all():
+            return {**super().__getstate__(), "use_ema": self.use_ema}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
@@ -461,6 +503,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 built = self._built(i, group)  # raises for a state that does not fit
                 # Which small leaves can be joined is known at the first step, when there are gradients.
                 self._units[i] = (None, built[1]) if self.transform(group).elementwise else built
+
+
+def _default_seed() -> int:
+    in_a_job = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return 0 if in_a_job else torch.initial_seed()
 
 
 @cache

@@ -6,8 +6,9 @@ A stateful step writes in place, so neither view ever goes stale.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +47,20 @@ def hyper_names(found: Iterable[Place]) -> dict[Place, str]:
     return {place: ".".join((*prefix[shared:], place[-1])) for place, prefix in prefixes.items()}
 
 
-def nested(flat: Mapping[Place, Tensor]) -> State:
-    """The inverse of `places`."""
+def empty_places(state: State, prefix: Place = ()) -> Iterator[Place]:
+    """Where the empty dicts of a state are: those of a part of the transform that has no leaf."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from empty_places(value, (*prefix, key)) if value else [(*prefix, key)]
+
+
+def nested(flat: Mapping[Place, Tensor], empty: Iterable[Place] = ()) -> State:
+    """The inverse of `places` and `empty_places`."""
     state: State = {}
+    for place in empty:
+        node = state
+        for key in place:
+            node = node.setdefault(key, {})
     for place, value in flat.items():
         node = state
         for key in place[:-1]:
@@ -64,6 +76,18 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
     ambiguous ("scale_by_adam_2.exp_avg"). A parameter sees its rows of a stack, and the tensors that it shares with
     others (a key). What it sees does not depend on which others there are, so checkpoints fit with and without foreach.
     """
+    found = located(state, layout, paths)
+    owners: dict[tuple[str, str], set[Place]] = {}
+    for name, path, _ in found:
+        owners.setdefault((path, name[-1]), set()).add(name)
+    views: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
+    for name, path, view in found:
+        views[path][name[-1] if len(owners[path, name[-1]]) == 1 else ".".join(name)] = view
+    return views
+
+
+def located(state: State, layout: Layout, paths: list[str]) -> list[tuple[Place, str, Tensor]]:
+    """What `per_parameter` shows, as (place of the dict, or of the tensor where this has several; path; view)."""
     found: list[tuple[Place, str, Tensor]] = []  # name, path, view
     for place, value in places(state):
         rows = _rows(layout, place)
@@ -76,13 +100,7 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
             found.append((place[:-1], place[-1], value))
         else:
             found += [(place, path, value) for path in _sharing(state, place, paths)]
-    owners: dict[tuple[str, str], set[Place]] = {}
-    for name, path, _ in found:
-        owners.setdefault((path, name[-1]), set()).add(name)
-    views: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
-    for name, path, view in found:
-        views[path][name[-1] if len(owners[path, name[-1]]) == 1 else ".".join(name)] = view
-    return views
+    return found
 
 
 def _sharing(state: State, place: Place, paths: list[str]) -> list[str]:
@@ -114,6 +132,15 @@ def _buckets(layout: Layout, place: Place, path: str) -> int:
 
 def adopt(views: dict[str, dict[str, Tensor]], values: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Copy per-parameter values into the views of a fresh state. Raises before the first copy if anything is amiss."""
+    check(views, values)
+    with torch.no_grad():
+        for path, entries in values.items():
+            for name, value in entries.items():
+                views[path][name].copy_(value)
+
+
+def check(views: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise unless the per-parameter values fit the views."""
     for path, entries in values.items():
         expected = views[path]
         for name in {**expected, **entries}:
@@ -134,7 +161,9 @@ def adopt(views: dict[str, dict[str, Tensor]], values: Mapping[str, Mapping[str,
                     f"state of parameter {path!r}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, "
                     f"expected {view.dtype} of shape {tuple(view.shape)}"
                 )
-    with torch.no_grad():
-        for path, entries in values.items():
-            for name, value in entries.items():
-                views[path][name].copy_(value)
+
+
+def mapped(values: Mapping[str, Mapping[str, Any]], fn: Callable[[str, str, Any], Any]) -> dict[str, dict[str, Any]]:
+    """fn(path, name, value) of every value, in the order of the names: `fn` may talk to other ranks, and what
+    torch.distributed.checkpoint loads has an order of its own on each."""
+    return {k: {n: fn(k, n, entries[n]) for n in sorted(entries)} for k, entries in values.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from operator import is_, itemgetter
 from typing import Any
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from hbfunc import utils
+from hbfunc.exchange import whole
 from hbfunc.optim import guard
 from hbfunc.optim.compiled import Step, Writes, compiled, in_place_step, write
 from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
-from hbfunc.optim.state import Place, hyper_names, hyper_places, nested, places
+from hbfunc.optim.state import Place, adopt, empty_places, hyper_names, hyper_places, mapped, nested, places
 from hbfunc.transform import Leaves, Transform, compute_dtype
 
 Refresh = Callable[[int], "bool | str"]  # step, from 1 -> what `update(..., refresh=)` is given there
@@ -38,6 +39,7 @@ class Unit:
     ) -> None:
         transform = guard.guarded(transform, nonfinite)
         self.transform, self.paths, self.params = transform, list(leaves), list(leaves.values())
+        self.parameters: dict[str, Tensor] = dict(leaves)  # those of the optimizer; `params` may stand in for them
         inside = {path for join in joined for path in join.members}
         seen: dict[str, tuple[Tensor, int | Joined]] = {join.path: (join.gathered(), join) for join in joined}
         seen |= {path: (p, i) for i, (path, p) in enumerate(leaves.items()) if path not in inside}
@@ -58,6 +60,7 @@ class Unit:
             (name, [self.shown[path] for path in paths], [self.views[path][name] for path in paths])
             for name, paths in having.items()
         ]
+        self.empty = tuple(empty_places(state))
         found = dict(hyper_places(state))
         self.agreed = found.pop(guard.AGREED) if nonfinite == "skip" else None
         self.hyper = {
@@ -111,6 +114,15 @@ class Unit:
         """Whether of every joined leaf either all parameters have a gradient or none has."""
         return all(join.whole() for join in self.joined)
 
+    def moving(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+        return [p for p in self.parameters.values() if p.grad is not None]
+
+    def take(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adopt values of the entries of `state[p]`, by path and name."""
+        fit = {k: guard.fitting(entries, self.views[k]) for k, entries in values.items()}
+        adopt(self.views, mapped(fit, lambda k, n, x: whole(x)))
+
     def present(self) -> tuple[int, ...]:
         """Numbers of the parameters that have a gradient."""
         return tuple(i for i, p in enumerate(self.params) if p.grad is not None)
@@ -135,10 +147,8 @@ class Unit:
         given = [i for i, s in enumerate(self.sources) if (s if isinstance(s, int) else s.numbers[0]) in having]
         key = tuple(given), refresh, products is None, mode, utils.dynamic
         if key not in self.steps:
-            extras, curved = self._extras(refresh), products is not None
-            step = in_place_step(
-                self.transform, self.flat_paths, given, list(self.tensors), extras, curved, mode is None
-            )
+            at, extras, curved = list(self.tensors), self._extras(refresh), products is not None
+            step = in_place_step(self.transform, self.flat_paths, given, at, extras, curved, mode is None, self.empty)
             self.steps[key] = compiled(step, mode, utils.dynamic, self.params[0].device)
         if rehearse:
             if mode is None or key not in self.tried:
@@ -190,6 +200,10 @@ class Unit:
         for join in self.joined:
             join.release()
 
+    def abandon(self) -> None:
+        """Give up the step that was rehearsed."""
+        self.forget()
+
     def due(self, schedule: Refresh | None) -> bool | str | None:
         """Whether this step refreshes: known here if all parameters are at one count, None to decide in the graph."""
         if schedule is None:
@@ -219,7 +233,9 @@ class Unit:
         leaves = Leaves(zip(self.paths, self.params, strict=True))
         grads = {k: p.grad.to(compute_dtype(p)) for k, p in leaves.items() if p.grad is not None}
         with suppress(_Asked):
-            self.transform.update(nested(self.tensors), grads, leaves, curvature=ask, **self._extras(refresh))
+            self.transform.update(
+                nested(self.tensors, self.empty), grads, leaves, curvature=ask, **self._extras(refresh)
+            )
         return {leaves[k]: v for k, v in asked.items()}
 
     def _extras(self, refresh: bool | str | None) -> dict[str, Any]:

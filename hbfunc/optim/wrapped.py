@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
+from hbfunc.exchange import local
 from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optim.shim import trainable
 from hbfunc.optim.state import Place, hyper_names, hyper_places
@@ -73,7 +74,8 @@ class FromTransform(WithCurvature):
 
     def _hyper(self, group: dict[str, Any], names: list[str]) -> dict[Place, Tensor]:
         """The hyperparameters of a group's transform, by place."""
-        leaves = Leaves(sorted(zip(names, map(self._leaf, group["params"]), strict=True)))
+        here = [local(self._leaf(p)) for p in group["params"]]  # of DTensors the shards, for less memory
+        leaves = Leaves(sorted(zip(names, here, strict=True)))
         return dict(hyper_places(self.transform(group).init(leaves)))
 
     def check_hyperparameter(self, name: str, value: Any) -> None:
@@ -158,7 +160,8 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
         assert inner.layout is not None
         return {"inner": inner.layout(params)}
 
-    return transform(init, update, inner.name, inner.needs, layout if inner.layout else None, inner.elementwise)
+    places = layout if inner.layout else None
+    return transform(init, update, inner.name, inner.needs, places, inner.elementwise, inner.leafwise)
 
 
 def _replaced(state: State, values: dict[Place, Tensor], at: Place = ()) -> State:

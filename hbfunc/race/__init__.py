@@ -8,6 +8,7 @@ functional interface:
     tasks     what is trained: data, model, loss and score
     recipes   who takes part: a name and a function from learning rate to Transform
     train     the vmapped training of one optimizer's lanes
+    fsdp      the same numbers on several ranks, under FSDP2
     report    who won: the table, the picture and the JSON
     __main__  the command line
 """

@@ -15,9 +15,11 @@ from typing import Any, NoReturn
 import torch
 
 from hbfunc.race import report
-from hbfunc.race.recipes import DEFAULT, recipes
+from hbfunc.race.recipes import DEFAULT, Entry, recipes
 from hbfunc.race.tasks import TASKS, Task
-from hbfunc.race.train import Plan, train
+from hbfunc.race.train import Curves, Plan, train
+
+Trainer = Callable[[Task, Entry, Plan, Callable[[int], object]], Curves]
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +81,7 @@ def parser() -> Parser:
     add("--rank-by", choices=["score", "steps"], default="score", help="the final score, or the steps to the target")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--compile", action="store_true", help="torch.compile the step: faster steps, after a slow first one")
+    add("--fsdp", action="store_true", help="on all ranks that torchrun started, under FSDP2; gloo or nccl")
     add("--threads", type=count, help="CPU threads")
     add("--out", type=Path, metavar="PATH", help="the picture, or a folder for it (default: race-TASK.png)")
     add("--json", type=Path, metavar="PATH", help="write everything measured here")
@@ -95,6 +98,29 @@ def main(argv: list[str] | None = None) -> int:
     if twice := [name for i, name in enumerate(args.optimizers) if name in args.optimizers[:i]]:
         p.error(f"--optimizers names {twice[0]} twice")
     device = a_device(p, args.device)
+    if args.fsdp:
+        return on_ranks(p, args, device)
+    return race(p, args, device, train)
+
+
+def on_ranks(p: Parser, args: argparse.Namespace, device: torch.device) -> int:
+    """The race of a job of several ranks, of which the first prints and writes."""
+    import torch.distributed as dist
+
+    from hbfunc.race import fsdp
+
+    try:
+        device = fsdp.join(device)
+    except RuntimeError as error:
+        p.error(str(error))
+    try:
+        return race(p, args, device, fsdp.train, first=dist.get_rank() == 0)
+    finally:
+        dist.destroy_process_group()
+
+
+def race(p: Parser, args: argparse.Namespace, device: torch.device, trainer: Trainer, first: bool = True) -> int:
+    """Train, print and write what `args` describe. Of several ranks, only the first prints and writes."""
     modules = ["matplotlib", "tqdm"] + ["sklearn"] * (args.task == "digits")
     if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
         extra = "python -m pip install 'hbfunc[demo]', or '.[demo]' in a clone"
@@ -109,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"--target {target:g}: the {task.metric} of {task.name} is a fraction, at most 1")
     picture = args.out or Path(f"race-{task.name}.png")
     picture = picture if picture.suffix == ".png" else picture / f"race-{task.name}.png"
-    for path in filter(None, (picture, args.json)):
+    for path in filter(None, (picture, args.json) if first else ()):
         writable(p, path)
     plan = Plan(
         lrs=sorted(set(args.lrs or spaced(*(args.lr_grid or task.lrs)))),
@@ -123,9 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     before, threads = torch.get_num_threads(), args.threads or task.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ranked, steps = run(task, args.optimizers, plan, target, args.rank_by)
+        ranked, steps = run(task, args.optimizers, plan, target, args.rank_by, trainer, quiet=not first)
     finally:
         torch.set_num_threads(before)
+    if not first:
+        return 0
 
     each = f"{len(plan.lrs)} learning rate{'s' * (len(plan.lrs) > 1)}"
     each += f" x {plan.repeats} initialisations" * (plan.repeats > 1)
@@ -144,16 +172,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(
-    task: Task, names: list[str], plan: Plan, target: float, by: report.Criterion
+    task: Task,
+    names: list[str],
+    plan: Plan,
+    target: float,
+    by: report.Criterion,
+    trainer: Trainer = train,
+    quiet: bool = False,
 ) -> tuple[list[report.Result], list[int]]:
     """Train with each optimizer, under a progress bar; the ranked results, and the steps that they were scored at."""
     from tqdm import tqdm
 
     entries, results, steps = recipes(), [], []
-    with tqdm(total=len(names) * plan.steps * plan.lanes, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=len(names) * plan.steps * plan.lanes, unit="step", dynamic_ncols=True, disable=quiet) as bar:
         for name in names:
             bar.set_description(name)
-            curves = train(task, entries[name], plan, tick=bar.update)
+            curves = trainer(task, entries[name], plan, bar.update)
             results.append(report.summarize(task, name, plan.lrs, curves, target, by))
             steps = curves.steps
     return report.ranking(task, results, by), steps

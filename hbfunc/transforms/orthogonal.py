@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from hbfunc import buckets
+from hbfunc.distributed import on_owners
 from hbfunc.linalg import polar
 from hbfunc.transform import Leaves, State, Transform, check_choice, transform
 
@@ -31,4 +32,5 @@ def orthogonalize(method: str = "newtonschulz") -> Transform:
             stacks[name] = factor * math.sqrt(max(1, rows / columns))
         return {**updates, **buckets.unstack(matrices, stacks, updates)}, {}
 
-    return transform(lambda params: {}, update, "orthogonalize")
+    rule = transform(lambda params: {}, update, "orthogonalize", leafwise=True)
+    return on_owners(rule, params=False)

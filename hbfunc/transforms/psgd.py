@@ -29,6 +29,7 @@ from torch import Tensor
 from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
+from hbfunc.distributed import on_owners
 from hbfunc.linalg import kron
 from hbfunc.precision import round_each
 from hbfunc.schedules import Number, at, count_zeros, increment
@@ -240,7 +241,8 @@ def scale_by_psgd(
                 places.setdefault(field, {})[n] = f.bucket.paths
         return places
 
-    return transform(init, update, "scale_by_psgd", ("grads", "refresh", "curvature"), layout)
+    rule = transform(init, update, "scale_by_psgd", ("grads", "refresh", "curvature"), layout, leafwise=True)
+    return on_owners(rule, params=False, grads=not momentum_into_precond_update)
 
 
 class Factors(NamedTuple):

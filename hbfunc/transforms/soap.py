@@ -20,6 +20,7 @@ from torch import Tensor
 from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
+from hbfunc.distributed import on_owners
 from hbfunc.linalg import eigenbasis as bases
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, materialize
 from hbfunc.transform import (
@@ -173,7 +174,8 @@ def scale_by_soap(
                 places.setdefault(key, {})[name] = bucket.paths
         return places
 
-    return transform(init, update, "scale_by_soap", ("refresh",), layout)
+    rule = transform(init, update, "scale_by_soap", ("refresh",), layout, leafwise=True)
+    return on_owners(rule, params=False)
 
 
 def refresh_probability(t: Tensor, power: float = 1 / 3, base: float = 9) -> Tensor:
