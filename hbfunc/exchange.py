@@ -9,8 +9,9 @@ Where the shards are is arithmetic on shapes, meshes and placements, for any ran
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,10 +108,7 @@ class Block(NamedTuple):
 
     @property
     def numel(self) -> int:
-        n = 1
-        for size in self.sizes:
-            n *= size
-        return n
+        return math.prod(self.sizes)
 
     def of(self, x: Tensor) -> Tensor:
         """The box as a view."""
@@ -235,7 +233,7 @@ class Exchange:
             (r, k, self.blocks[k][r], shards[k].dtype) for k in keys if k in self.blocks for r in self._senders[k]
         ]
         parts: dict[str, dict[Shape, Tensor]] = {}
-        for (_, k, at, _), x in zip(received, self._travel(sent, received, shards.values()), strict=True):
+        for (_, k, at, _), x in zip(received, self._travel(sent, received, [shards[k] for k in keys]), strict=True):
             if at.numel or not self.specs[k].shape or 0 in self.specs[k].shape:
                 parts.setdefault(k, {})[at.start] = x
         return {k: _joined(x) for k, x in parts.items()}
@@ -249,13 +247,13 @@ class Exchange:
         every = range(len(self.ranks.coordinates))
         sent = [(r, k, self.blocks[k][r].of(wholes[k])) for k in keys if k in self.blocks for r in every]
         received = [(self.specs[k].owner, k, self.mine[k], like[k].dtype) for k in keys]
-        return dict(zip(keys, self._travel(sent, received, like.values()), strict=True))
+        return dict(zip(keys, self._travel(sent, received, [like[k] for k in keys]), strict=True))
 
     def _travel(
         self,
         sent: Sequence[tuple[int, str, Tensor]],
         received: Sequence[tuple[int, str, Block, torch.dtype]],
-        like: Iterable[Tensor],
+        like: Sequence[Tensor],
     ) -> list[Tensor]:
         """The received blocks, in their order. Both lists name rank and key; a rank takes from another what that one
         sends to it in the order of the specs."""
@@ -323,13 +321,10 @@ def owners(costs: Mapping[str, float], kinds: Mapping[str, Any], world: int, fir
 
 def cost(shape: Sequence[int]) -> float:
     """Of a matrix rule on a leaf, up to a factor: elements times the dims of the matrix; elements of a vector."""
-    rows, columns = (shape[0], 1) if len(shape) == 1 else (1, 1)
-    if len(shape) > 1:
-        rows = shape[0]
-        for n in shape[1:]:
-            columns *= n
-        return float(rows * columns * (rows + columns))
-    return float(rows)
+    if len(shape) < 2:
+        return float(math.prod(shape))
+    rows, columns = shape[0], math.prod(shape[1:])
+    return float(rows * columns * (rows + columns))
 
 
 class Costs(NamedTuple):

@@ -354,9 +354,9 @@ class OwnedUnit(ShardedUnit):
             sets.append({k: local(placed_like(h, self.parameters[k])) for k, h in zip(shards, products, strict=True)})
         grads, params, *more = self._gathered(sets)
         for k, x in zip(self.paths, self.params, strict=True):
+            x.grad = grads.get(k)
             if k in grads:
                 x.copy_(params[k])
-                x.grad = grads[k]
         self.collected = more[0] if more else {}
         return self.collected
 
