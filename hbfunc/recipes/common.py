@@ -136,7 +136,7 @@ def check_value(name: str, value: Any) -> None:
 
 
 def check_flags(**flags: Any) -> None:
-    """Raise TypeError for what is no bool: "False", say, would mean True."""
+    """Raise TypeError for what is no bool: "False", say, would mean True. Tensors are not looked at."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, Tensor)):
             raise TypeError(f"{name}={value!r}: expected True or False")

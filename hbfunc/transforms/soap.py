@@ -337,8 +337,9 @@ def _put(state: State, stacks: dict[str, Stacks], rows: dict[str, tuple[int, ...
 
 
 def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, inner: str, scheduler: Any) -> None:
-    if isinstance(frequency, Tensor) and (frequency.ndim or frequency.is_floating_point() or frequency.is_complex()):
-        raise ValueError(f"precondition_frequency is a tensor {frequency}, expected a 0-dim integer one")
+    if isinstance(frequency, Tensor) and (frequency.ndim or frequency.is_complex()):
+        kind = f"{frequency.dtype} of shape {tuple(frequency.shape)}"  # sweeps bring whole numbers in float64
+        raise ValueError(f"precondition_frequency is {kind}, expected a 0-dim real tensor")
     if not isinstance(frequency, Tensor):
         check_int("precondition_frequency", frequency, 1)
     check_int("max_precond_dim", max_precond_dim, 1)
