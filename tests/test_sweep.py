@@ -577,7 +577,12 @@ def test_designs_that_are_none(make, error, message):
 @pytest.mark.parametrize(
     ("tx", "design", "error", "message"),
     [
-        (lambda lr, mars: hbfunc.adamw(lr=lr, mars=mars), {"lr": [1.0], "mars": [0]}, TypeError, "mars=0.0: expected True or False"),
+        (
+            lambda lr, mars: hbfunc.adamw(lr=lr, mars=mars),
+            {"lr": [1.0], "mars": [0]},
+            TypeError,
+            "mars=0.0: expected True or False",
+        ),
         (lr_only, {"lr": [1.0], "wd": [0.1]}, ValueError, "column 'wd', which is no argument of tx"),
         (hbfunc.adamw(), {"lr": [1.0]}, ValueError, "pass a factory, such as lambda lr"),
         (3, {"seed": [1]}, TypeError, "tx: expected a Transform or a function"),
