@@ -191,7 +191,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self._leaf(p)
         for i, group in enumerate(self.param_groups):
             self._check_gradients(i, group)
-        sharded.agree_on_gradients(self._named())
+        if in_a_job():
+            sharded.agree_on_gradients(self._named())
         policies = {group["nonfinite"] for group in self.param_groups}
         if "raise" in policies:
             self._raise_nonfinite({p: p.grad for group in self.param_groups for p in group["params"]}, "the gradient")
@@ -506,8 +507,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
 
 def _default_seed() -> int:
-    in_a_job = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return 0 if in_a_job else torch.initial_seed()
+    return 0 if in_a_job() else torch.initial_seed()
+
+
+def in_a_job() -> bool:
+    """Whether this process is one of several of torch.distributed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @cache
