@@ -37,7 +37,7 @@ far = pytest.mark.parametrize("n", FAR)
 def check(run: Any, graphs: int) -> None:
     assert run.end.graphs == run.settled.graphs <= graphs
     assert run.end.tensors <= run.settled.tensors  # fewer, where the garbage of other tests went
-    assert abs(run.end.objects - run.settled.objects) <= 100
+    assert run.end.objects - run.settled.objects <= 100
     assert run.basis < 3e-6
     assert run.end.factors < 100
     assert run.end.balance < 4
