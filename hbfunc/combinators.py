@@ -24,6 +24,7 @@ from hbfunc.transform import (
     compute_dtype,
     flatten,
     in_dtype_of,
+    inner_layout,
     kept,
     transform,
     zeros,
@@ -214,7 +215,7 @@ def accumulate(inner: Transform, steps: int) -> Transform:
             "inner": select(last, after, state["inner"]),
         }
 
-    places = _nested(inner, "inner")
+    places = inner_layout(inner)
     return transform(init, update, "accumulate", inner.needs, places, inner.elementwise, inner.leafwise)
 
 
@@ -235,10 +236,5 @@ def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
         average = {k: ema(state["ema"][k], moved[k].to(compute_dtype(moved[k])), w[k]) for k in updates}
         return updates, kept({**state, "inner": {}}, count=t, ema=average) | {"inner": after}
 
-    places = _nested(inner, "inner")
+    places = inner_layout(inner)
     return transform(init, update, "with_ema", inner.needs, places, inner.elementwise, inner.leafwise)
-
-
-def _nested(inner: Transform, key: str) -> Callable[[Flat], Layout] | None:
-    layout = inner.layout
-    return None if layout is None else lambda params: {key: layout(params)}

@@ -193,6 +193,12 @@ def transform(
     return Transform(init_tree, update_tree, name, needs, layout, elementwise, leafwise or elementwise)
 
 
+def inner_layout(inner: Transform) -> Callable[[Flat], Layout] | None:
+    """The layout of a transform whose state holds that of `inner` under "inner"."""
+    layout = inner.layout
+    return None if layout is None else lambda params: {"inner": layout(params)}
+
+
 def chain(*transforms: Transform, name: str = "chain") -> Transform:
     """Feed each transform's updates to the next. The state is a dict keyed by their names (a second one gets "_2").
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_documented_api import SHORT
 from torch import Tensor
 
 import hbfunc
@@ -37,24 +38,6 @@ TWINS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ForeachDelayedPSGD": (hbfunc.psgd_kron, {"delayed": True}),
     "ForeachCachedPSGDKron": (hbfunc.psgd_kron, {"cached": True}),
     "ForeachCachedDelayedPSGDKron": (hbfunc.psgd_kron, {"cached": True, "delayed": True}),
-}
-SHORT_NAMES = {
-    "AdamW": "ForeachAdamW",
-    "RMSprop": "ForeachRMSprop",
-    "SFAdamW": "ForeachSFAdamW",
-    "PaLMSFAdamW": "PaLMForeachSFAdamW",
-    "ADOPT": "ForeachADOPT",
-    "Muon": "ForeachMuon",
-    "LaProp": "ForeachLaProp",
-    "SOAP": "ForeachSOAP",
-    "PaLMSOAP": "PaLMForeachSOAP",
-    "PrecondScheduleSOAP": "PrecondScheduleForeachSOAP",
-    "PrecondSchedulePaLMSOAP": "PrecondSchedulePaLMForeachSOAP",
-    "PSGDKron": "ForeachPSGDKron",
-    "PurePSGD": "ForeachPurePSGD",
-    "DelayedPSGD": "ForeachDelayedPSGD",
-    "CachedPSGDKron": "ForeachCachedPSGDKron",
-    "CachedDelayedPSGDKron": "ForeachCachedDelayedPSGDKron",
 }
 # Another set of options for a second group, by recipe.
 SECOND = {
@@ -259,7 +242,7 @@ def test_the_seed_is_torchs_unless_given():
 
 
 def test_short_names_and_attributes():
-    for short, long in SHORT_NAMES.items():
+    for short, long in SHORT.items():
         assert getattr(hbfunc, short) is getattr(hbfunc, long)
     attributes = {
         "palm": {"PaLMForeachSFAdamW", "PaLMForeachSOAP", "PrecondSchedulePaLMForeachSOAP"},

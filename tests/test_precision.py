@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_engine import run
 from torch import Tensor
 
 import hbfunc
@@ -19,14 +20,6 @@ from hbfunc.precision import round_each
 
 BF16 = torch.bfloat16
 ULP = 2.0**-7  # of bfloat16 in [1, 2)
-
-
-def step(tx: hbfunc.Transform, params: Any, grads: list[Any]) -> tuple[Any, Any]:
-    state = tx.init(params)
-    for g in grads:
-        updates, state = tx.update(state, g, params)
-        params = hbfunc.apply_updates(params, updates)
-    return params, state
 
 
 def neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +51,7 @@ def state_of(state: Any, name: str) -> Tensor:
 def test_a_parameter_moves_up_with_the_probability_of_the_fraction(fraction: float) -> None:
     n = 20_000
     tx = hbfunc.chain(hbfunc.scale_by_learning_rate(1.0), hbfunc.round_to_parameters(seed=1))
-    moved, _ = step(tx, {"w": torch.ones(n, dtype=BF16)}, [{"w": torch.full((n,), -fraction * ULP)}])
+    moved, _ = run(tx, {"w": torch.ones(n, dtype=BF16)}, [{"w": torch.full((n,), -fraction * ULP)}])
     ups = (moved["w"] == 1 + ULP).double()
     assert bool(((ups == 1) | (moved["w"] == 1)).all())
     assert_mean(ups, fraction, math.sqrt(fraction * (1 - fraction)))
@@ -67,7 +60,7 @@ def test_a_parameter_moves_up_with_the_probability_of_the_fraction(fraction: flo
 def test_steps_below_half_a_unit_add_up() -> None:
     """100 steps of 1e-4 from 1: rounding to nearest would stay at 1 forever."""
     n, steps = 4096, 100
-    moved, _ = step(hbfunc.adamw(lr=1e-4), {"w": torch.ones(n, dtype=BF16)}, [{"w": torch.ones(n)}] * steps)
+    moved, _ = run(hbfunc.adamw(lr=1e-4), {"w": torch.ones(n, dtype=BF16)}, [{"w": torch.ones(n)}] * steps)
     # Below 1 the unit is ULP / 2; a step moves by it with probability p = 1e-4 / (ULP / 2).
     p = 1e-4 / (ULP / 2)
     assert_mean(moved["w"], 1 - steps * 1e-4, ULP / 2 * math.sqrt(steps * p * (1 - p)))
@@ -123,7 +116,7 @@ def test_moments_are_stored_unbiased() -> None:
     """After one step the debiased averages are g and g^2, stored in one of the two neighbours, with the right mean."""
     g = 1 + 0.3 * ULP
     p = {"w": torch.zeros(20_000)}
-    _, state = step(hbfunc.adamw(storage_dtype="bfloat16", seed=2), p, [{"w": torch.full_like(p["w"], g)}])
+    _, state = run(hbfunc.adamw(storage_dtype="bfloat16", seed=2), p, [{"w": torch.full_like(p["w"], g)}])
     for name, exact in (("exp_avg", g), ("exp_avg_sq", g * g)):
         stored = state_of(state, name)
         assert_between(stored, torch.full(stored.shape, exact).double())
@@ -137,7 +130,7 @@ def test_a_slow_average_keeps_up_with_its_mean() -> None:
     p, exact, nearest = {"w": torch.zeros(n)}, 0.0, 0.0
     grads = [1.0] * 30 + [1.1] * 30
     rule = hbfunc.scale_by_exp_avg_sq(beta2=0.999)
-    _, state = step(precision.with_storage(rule, "bfloat16"), p, [{"w": torch.full((n,), g)} for g in grads])
+    _, state = run(precision.with_storage(rule, "bfloat16"), p, [{"w": torch.full((n,), g)} for g in grads])
     for t, g in enumerate(grads, 1):
         w = 0.001 / (1 - 0.999**t)
         exact += (g * g - exact) * w
@@ -163,7 +156,7 @@ def trained(seed: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     p = {"w": torch.ones(500, dtype=BF16)}
     grads = [{"w": torch.randn(500, generator=generator)} for _ in range(3)]
-    return step(hbfunc.adamw(1e-3, storage_dtype="bfloat16", seed=seed), p, grads)
+    return run(hbfunc.adamw(1e-3, storage_dtype="bfloat16", seed=seed), p, grads)
 
 
 def test_the_seed_decides_and_the_global_generator_does_not() -> None:
