@@ -48,6 +48,7 @@ from common import (
 from torch import Tensor
 
 import hbfunc
+from hbfunc.linalg.polar import product_dtype
 from hbfunc.transforms import psgd, soap
 
 OURS = "hbfunc"
@@ -282,7 +283,7 @@ def measure(
     limits.measure()
     ours = field[0].optimizer
     for kind in kinds:
-        work = needed(row, shapes, kind, getattr(ours, "state_size", lambda: 0)())
+        work = needed(row, shapes, kind, getattr(ours, "state_size", lambda: 0)(), where)
         bound = limits.bound(*work)
         found.setdefault("limit", {})[kind] = {
             "bytes": work[0],
@@ -293,13 +294,14 @@ def measure(
     return found
 
 
-def needed(row: str, shapes: Sequence[Shape], kind: str, state: int) -> tuple[float, float, str]:
+def needed(row: str, shapes: Sequence[Shape], kind: str, state: int, where: torch.device) -> tuple[float, float, str]:
     """Bytes and matrix operations that a step cannot do without, and the dtype of the latter.
 
     Bytes: parameters and state read and written, gradients read. Operations: of dense products as the rule states them,
     triangular and symmetric ones at half, for leaves of two dimensions [m, n]:
 
-        Muon    per iteration, of 5, X X^T, A A and A X                                          4 m^2 n + 2 m^3
+        Muon    per iteration, of 5, X X^T, A A and A X; or with P P A between the iterations      4 m^2 n + 2 m^3
+                instead of X, where that is less (the Gram form, m < n)                            4 m^2 n + 34 m^3
         SOAP    per mode of d <= 2048: the covariance, rotating there and back                    (1 + 2 + 2) m n d
                 refresh: GG Q, QR with Q (8/3 d^3), the momentum rotated back and there             14/3 d^3 + 4 m n d
         PSGD    per mode of d <= 2048: Q and Q^T applied                                           2 m n d
@@ -313,14 +315,15 @@ def needed(row: str, shapes: Sequence[Shape], kind: str, state: int) -> tuple[fl
         m, n = sorted(shape)
         modes = [d for d in shape if d <= 2048]
         if "Muon" in row:
-            flops += 5 * (4 * m * m * n + 2 * m**3)
+            flops += min(5 * (4 * m * m * n + 2 * m**3), 4 * m * m * n + 34 * m**3)
         elif "SOAP" in row:
             flops += sum(5 * m * n * d for d in modes)
             flops += sum(14 / 3 * d**3 + 4 * m * n * d for d in modes) if kind == "refresh" else 0
         elif "PSGD" in row:
             flops += sum(2 * m * n * d for d in modes)
             flops += sum(4 * m * n * d + d**3 for d in modes) if kind == "refresh" else 0
-    return moved, flops, "bfloat16" if "Muon" in row else "float32"
+    low = "Muon" in row and product_dtype(torch.empty(0, device=where)) == torch.bfloat16
+    return moved, flops, "bfloat16" if low else "float32"
 
 
 # What comes out

@@ -94,12 +94,14 @@ def test_kinds_of_steps_are_what_the_optimizer_decides(row, monkeypatch):
 
 
 def test_needed_work():
-    moved, flops, dtype = step.needed("AdamW", [(10, 20), (5,)], "step", 2 * 4 * 205)
+    cpu = torch.device("cpu")
+    moved, flops, dtype = step.needed("AdamW", [(10, 20), (5,)], "step", 2 * 4 * 205, cpu)
     assert (moved, flops, dtype) == (28 * 205, 0, "float32")  # as the design says: 28 bytes per parameter
-    assert step.needed("Muon", [(10, 20), (5,)], "step", 0)[1:] == (5 * (4 * 100 * 20 + 2 * 1000), "bfloat16")
-    plain = step.needed("SOAP", [(10, 4096)], "plain", 0)[1]
+    assert step.needed("Muon", [(10, 12), (5,)], "step", 0, cpu)[1] == 5 * (4 * 100 * 12 + 2 * 1000)
+    assert step.needed("Muon", [(10, 20), (5,)], "step", 0, cpu)[1] == 4 * 100 * 20 + 34 * 1000
+    plain = step.needed("SOAP", [(10, 4096)], "plain", 0, cpu)[1]
     assert plain == 5 * 10 * 4096 * 10  # the long side has no basis
-    assert step.needed("SOAP", [(10, 4096)], "refresh", 0)[1] > plain
+    assert step.needed("SOAP", [(10, 4096)], "refresh", 0, cpu)[1] > plain
 
 
 def test_step_writes_tables(tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 import hbfunc
+from hbfunc.linalg import polar
 
 F64 = torch.float64
 SHAPES = {"square": (4, 4), "twin": (4, 4), "wide": (3, 5), "tall": (6, 2), "conv": (4, 2, 3, 3)}
@@ -93,7 +94,7 @@ def test_a_matrix_of_rank_1_keeps_its_sign(method, dtype):
 
 
 def test_is_torchs_muon_up_to_bfloat16():
-    """Both run the polynomial in bfloat16, and are equally far from the exact step. Its steepness multiplies 2^-9."""
+    """Theirs runs the polynomial in bfloat16, whose steepness multiplies 2^-9."""
     params, grads = arrays({"w": (24, 16), "v": (8, 32)}, 4)
     theirs = {k: torch.nn.Parameter(torch.tensor(x, dtype=torch.float32)) for k, x in params.items()}
     opt = torch.optim.Muon(theirs.values(), lr=0.1, weight_decay=0.1, momentum=0.9, nesterov=True)
@@ -152,7 +153,12 @@ def test_neither_scale_nor_company_matters(method):
             assert (together[k] - loud[k]).abs().sum() < 1e-6
 
 
-def test_the_graph_grows_with_the_shapes_and_not_the_layers():
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, 19), (torch.bfloat16, 18)])
+def test_the_graph_grows_with_the_shapes_and_not_the_layers(monkeypatch, dtype, wide):
+    """Three products per iteration of a square matrix. The Gram form of a wide one: x at both ends, again after
+    two iterations in bfloat16, and up to four small ones per iteration, none of them between the ends of a run."""
+    monkeypatch.setattr(polar, "product_dtype", lambda x: dtype)
+
     def products(layers):
         graphs = []
 
@@ -165,7 +171,7 @@ def test_the_graph_grows_with_the_shapes_and_not_the_layers():
         torch.compile(update, backend=aot_autograd(fw_compiler=keep), fullgraph=True)({}, g, g)
         return sum("mm." in str(node.target) for node in graphs[0].graph.nodes)
 
-    assert products(12) == products(2) == 2 * 5 * 3
+    assert products(12) == products(2) == 5 * 3 + wide
 
 
 def test_lanes_equal_runs_alone():

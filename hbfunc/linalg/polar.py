@@ -1,7 +1,9 @@
 """The orthogonal polar factor: U V^T of x = U S V^T, which keeps the directions of a matrix and levels their strengths.
 
 Newton-Schulz methods apply an odd polynomial to the singular values, five times, with matrix products only:
-X <- a X + (b A + c A^2) X, A = X X^T. They leave zero directions at zero and bring the others close to 1.
+X <- P X, P = a + b A + c A^2, A = X X^T. They leave zero directions at zero and bring the others close to 1. All P are
+polynomials of the first A, so they commute, the next A is P A P, and their product can be had without X: where X is
+wide, that is less work (the "Gram form"). Rounding then acts on squares: bfloat16 needs A from X now and then.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from torch import Tensor
 
 Coefficients = Sequence[tuple[float, float, float]]
 
+_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
+
 # Jordan et al. 2024, "Muon": steepest at 0, at the price of values that end anywhere in [0.68, 1.13].
 _QUINTIC: Coefficients = 5 * ((3.4445, -4.7750, 2.0315),)
+_QUINTIC_RUNS = (2, 3)  # iterations without X: with these, bfloat16 leaves the band by .007, as it does with X in each
 
 # Amsel et al. 2025, "The Polar Express", arXiv 2505.16932: the best polynomial of each step for what the last one left.
 _POLAR_EXPRESS: Coefficients = (
@@ -24,13 +29,15 @@ _POLAR_EXPRESS: Coefficients = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+_POLAR_EXPRESS_RUNS = (2, 1, 1, 1)  # by .005; (2, 3) by .03
 
 
 def orthogonalize(x: Tensor, method: str = "newtonschulz") -> Tensor:
     """The polar factor of each matrix in x [..., m, n], in the shape and dtype of x. Zero matrices give zero.
 
     method: where the singular values go that are in [0.01, 1] relative to the Frobenius norm
-        "newtonschulz"   to [.682, 1.134]; computed in bfloat16 (which adds about .01), in float64 for float64
+        "newtonschulz"   to [.682, 1.134]; computed in bfloat16 (which adds about .01) where the device multiplies it
+                         faster than float32, that is not on CPUs without AMX; in float64 for float64
         "polar_express"  to [.859, 1.141]; computed likewise
         "svd"            to 1, those below the rounding error of the largest to 0; computed in at least float32
         "qr"             another name of "newtonschulz": a QR factor would not be the polar factor
@@ -44,12 +51,20 @@ def orthogonalize(x: Tensor, method: str = "newtonschulz") -> Tensor:
     return _METHODS[method](x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What x is multiplied in: float64 stays, others become bfloat16. CPUs without AMX compute products of bfloat16 in
+    float32 and pay for the conversion: float32 is faster there, and exacter."""
+    if x.dtype == torch.float64:
+        return x.dtype
+    return torch.bfloat16 if x.device.type != "cpu" or _AMX else torch.float32
+
+
 def _newton_schulz(x: Tensor) -> Tensor:
-    return _iterate(x / (_norm(x) + 1e-7), _QUINTIC)
+    return _iterate(x / (_norm(x) + 1e-7), _QUINTIC, _QUINTIC_RUNS)
 
 
 def _polar_express(x: Tensor) -> Tensor:
-    return _iterate(x / (1.02 * _norm(x) + 1e-6), _POLAR_EXPRESS)
+    return _iterate(x / (1.02 * _norm(x) + 1e-6), _POLAR_EXPRESS, _POLAR_EXPRESS_RUNS)
 
 
 def _svd(x: Tensor) -> Tensor:
@@ -66,18 +81,36 @@ _METHODS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
-    tall = x.shape[-2] > x.shape[-1]  # A is the smaller Gram matrix
-    x = x if x.dtype == torch.float64 else x.to(torch.bfloat16)
-    x = x.transpose(-2, -1) if tall else x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    eye = torch.eye(x.shape[-2], dtype=wide, device=x.device)
-    for a, b, c in coefficients:
-        gram = x @ x.transpose(-2, -1)
-        # Summed before it is rounded, and with the identity inside: less than half the error, and no pass over x.
-        polynomial = a * eye + b * gram.to(wide) + c * (gram @ gram).to(wide)
-        x = polynomial.to(x.dtype) @ x
-    return x.transpose(-2, -1) if tall else x
+def _iterate(x: Tensor, coefficients: Coefficients, half_runs: Sequence[int]) -> Tensor:
+    """half_runs: how many iterations may go without X in bfloat16."""
+    if x.shape[-2] > x.shape[-1]:
+        return _iterate(x.transpose(-2, -1), coefficients, half_runs).transpose(-2, -1)
+    x = x.to(product_dtype(x))
+    runs = half_runs if x.dtype == torch.bfloat16 else (len(coefficients),)
+    if 2 * x.shape[-1] <= 3 * x.shape[-2]:  # nearly square: less work with X
+        runs = (1,) * len(coefficients)
+    begin = 0
+    for n in runs:
+        x = _product(x @ x.transpose(-2, -1), coefficients[begin : begin + n]) @ x
+        begin += n
+    return x
+
+
+def _product(gram: Tensor, coefficients: Coefficients) -> Tensor:
+    """The Q with which the iterations take x to Q x, from gram = x x^T."""
+    factor = product = _factor(gram, *coefficients[0])
+    for abc in coefficients[1:]:
+        gram = factor @ gram @ factor
+        factor = _factor(gram, *abc)
+        product = factor @ product
+    return product
+
+
+def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a + b gram + c gram^2, summed before it is rounded: less than half the error, and no pass over x."""
+    wide = torch.promote_types(gram.dtype, torch.float32)
+    eye = torch.eye(gram.shape[-1], dtype=wide, device=gram.device)
+    return (a * eye + b * gram.to(wide) + c * (gram @ gram).to(wide)).to(gram.dtype)
 
 
 def _norm(x: Tensor) -> Tensor:
