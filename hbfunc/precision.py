@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hbfunc import random
 from hbfunc.exchange import on_shards
-from hbfunc.schedules import count_zeros, increment, materialize
+from hbfunc.opaque import materialize
+from hbfunc.schedules import count_zeros, increment
 from hbfunc.transform import Flat, Leaves, State, Transform, check_choice, compute_dtype, kept, transform
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.opaque import materialize
 from hbfunc.transform import Flat, check_number
 
 Schedule = Callable[[Tensor], Tensor]
@@ -92,18 +93,3 @@ def count_zeros(params: Flat) -> dict[str, Tensor]:
 def increment(counts: Flat, updates: Flat) -> dict[str, Tensor]:
     """Counts of the leaves that have an update now, plus one."""
     return {k: counts[k] + 1 for k in updates}
-
-
-def materialize(x: Tensor) -> Tensor:
-    """x, computed once and stored: a compiler cannot fuse through it."""
-    return _materialize(x) if torch.compiler.is_compiling() else x
-
-
-@torch.library.custom_op("hbfunc::materialize", mutates_args=())
-def _materialize(x: Tensor) -> Tensor:
-    return x.clone()
-
-
-_materialize.register_fake(torch.empty_like)
-_materialize.register_autograd(lambda ctx, grad: grad)
-_materialize.register_vmap(lambda info, in_dims, x: (_materialize(x), in_dims[0]))

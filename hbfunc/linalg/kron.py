@@ -79,14 +79,13 @@ def norm_lower_bound(xs: Sequence[Tensor], parts: list[Tensor]) -> Tensor:
     tiny = torch.finfo(xs[0].dtype).tiny
     # The largest entry of a Gram matrix is on its diagonal.
     largest = torch.cat([part.diagonal(0, -2, -1) for part in parts], -1).amax(-1)[..., None, None]
-    scale = largest.clamp(min=tiny)
-    index = column_norms([part / scale for part in parts]).argmax(-1)[..., None, None]
-    root = scale.sqrt()
-    xs = [x / root for x in xs]
-    column = _gram_times(xs, [x.gather(-1, index.expand(*x.shape[:-1], 1)) for x in xs])
-    y = _gram_times(xs, [x @ column for x in xs])
+    root = largest.clamp(min=tiny).sqrt()
+    index = column_norms([part * root**-2 for part in parts]).argmax(-1)[..., None, None]
+    # Twice: what is a product of matrices stays one, where compilers make slow loops of products with a vector.
+    column = _gram_times(xs, [x.gather(-1, index.expand(*x.shape[:-1], 2)) / root for x in xs]) / root
+    y = _gram_times(xs, [x @ column / root for x in xs]) / root
     y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp(min=tiny)
-    m_y = _gram_times(xs, [x @ y for x in xs])
+    m_y = _gram_times(xs, [x @ y / root for x in xs]) / root
     return (largest * torch.linalg.vector_norm(m_y, dim=-2, keepdim=True))[..., 0, 0]
 
 
@@ -98,11 +97,14 @@ def _gram_times(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 def balance(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
     """The same P from factors whose largest entries agree, at their geometric mean: none of them overflows alone."""
-    if len(qs) == 1:
-        return list(qs)
-    largest = torch.stack([q.abs().flatten(lead).amax(-1) for q in qs])
-    scales = (largest ** (1 / len(qs))).prod(0) / largest
+    scales = balancing(qs, lead).unbind()
     return [q * scale.reshape(scale.shape + (1,) * (q.ndim - lead)) for q, scale in zip(qs, scales, strict=True)]
+
+
+def balancing(qs: Sequence[Tensor], lead: int = 1) -> Tensor:
+    """What `balance` multiplies each factor by: [r, ...]."""
+    largest = torch.stack([q.abs().flatten(lead).amax(-1) for q in qs])
+    return (largest ** (1 / len(qs))).prod(0) / largest if len(qs) > 1 else torch.ones_like(largest)
 
 
 def pack(q: Tensor) -> Tensor:
@@ -148,7 +150,7 @@ def _step(q: Tensor, a: Tensor, b: Tensor, mode: int, order: int, lr: float | Te
     ra, rb = rows(a, mode, order), rows(b, mode, order)
     pairs = list(zip(upper_gram(ra), upper_gram(rb), strict=True))  # of T1 and T2
     norm = norm_lower_bound([ra, rb], [t1 + t2 for t1, t2 in pairs]).clamp(min=_SMALLEST)[..., None, None]
-    return minus_upper_times(q, [lr * ((t1 - t2).triu() / norm) for t1, t2 in pairs])
+    return minus_upper_times(q, [(t1 - t2).triu() * (lr / norm) for t1, t2 in pairs])
 
 
 def _along(q: Tensor, mode: int, order: int) -> Tensor:

@@ -34,8 +34,13 @@ def times_upper_transposed(x: Tensor, q: Tensor) -> Tensor:
 
 def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
     """q - t q for upper triangular q and t [..., n, n], of which `parts` has the rows that `upper_gram` gives."""
-    pairs = zip(blocks(q.shape[-1]), parts, strict=True)
-    return _joined([q[..., at, :] - t @ q[..., at.start :, :] for at, t in pairs], -2)
+    every = blocks(q.shape[-1])
+    rows = []
+    for i, (at, t) in enumerate(zip(every, parts, strict=True)):
+        inner = [(to, slice(at.start, to.stop)) for to in every[i:]]  # where rows of t meet columns of q
+        product = _joined([t[..., : k.stop - k.start] @ q[..., k, to] for to, k in inner], -1)
+        rows.append(torch.nn.functional.pad(q[..., at, at.start :] - product, (at.start, 0)))
+    return _joined(rows, -2)
 
 
 def upper_gram(rows: Tensor) -> list[Tensor]:
@@ -48,8 +53,12 @@ def column_norms(parts: list[Tensor]) -> Tensor:
     """Norms of the columns of a symmetric matrix, from what `upper_gram` gives of it: [..., n]."""
     n = parts[0].shape[-1]
     squares = [part.square() for part in parts]
-    above = [torch.nn.functional.pad(x.sum(-2), (at.start, 0)) for at, x in zip(blocks(n), squares, strict=True)]
-    right = [x[..., x.shape[-2] :].sum(-1) for x in squares]  # which are the entries below the diagonal block, mirrored
+    # Sums over rows are slow loops on CPUs, as is what compilers make of products with one vector, but not with two.
+    ones = torch.ones(2, n, dtype=parts[0].dtype, device=parts[0].device)
+    sums = [(ones[:, : x.shape[-2]] @ x)[..., 0, :] for x in squares]
+    above = [torch.nn.functional.pad(x, (at.start, 0)) for at, x in zip(blocks(n), sums, strict=True)]
+    # Right of the diagonal block: the entries below it, mirrored.
+    right = [(x[..., x.shape[-2] :] @ ones[:, x.shape[-2] : x.shape[-1]].T)[..., 0] for x in squares]
     return (torch.stack(above).sum(0) + _joined(right, -1)).sqrt()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import list_mode_options
 
 from hbfunc.optim.state import Place, nested, places
 from hbfunc.transform import Leaves, Transform, compute_dtype
@@ -85,8 +86,17 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     own = types.FunctionType(
         step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
     )
+    options: dict[str, Any] = {"guard_filter_fn": _guarded}
     if mode in ("eager", "aot_eager"):
-        return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode)
-    if device.type == "cpu" and mode.startswith("max-autotune"):
-        mode = "default"
-    return torch.compile(own, fullgraph=True, dynamic=dynamic, mode=mode)
+        return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options)
+    if device.type != "cpu" or not mode.startswith("max-autotune"):
+        options |= list_mode_options(mode, dynamic)
+    return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+
+
+_OWN = ("tensors[", "paths", "present", "at[", "extras", "empty", "G['__import_hbfunc", "G['__builtins")
+
+
+def _guarded(entries: Sequence[Any]) -> list[bool]:
+    """What torch.compile is to check before each step: not what the unit has made itself, and nobody changes."""
+    return [not entry.name.startswith(_OWN) for entry in entries]

@@ -22,7 +22,8 @@ from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
 from hbfunc.distributed import on_owners
 from hbfunc.linalg import eigenbasis as bases
-from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, materialize
+from hbfunc.opaque import materialize
+from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment
 from hbfunc.transform import (
     Flat,
     Layout,
