@@ -20,8 +20,6 @@ from hbfunc.transform import Flat, Leaves, State, Transform, check_choice, compu
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_DRAW_AT_ONCE = 1 << 20  # elements; more would cost the memory that bfloat16 saves
-
 
 def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | Tensor = 0) -> Transform:
     """`inner` with its per-parameter tensors stored in `storage_dtype`, rounded stochastically from a key in the state.
@@ -95,29 +93,14 @@ def _keyed(params: Flat, seed: int | Tensor) -> State:
 
 
 def round_each(xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in bfloat16, each rounded stochastically with its own key, of its count and its name.
-
-    Small tensors draw together: one generator in a compiled graph for a million elements, not one for every tensor.
-    """
+    """The tensors in bfloat16, each rounded stochastically with its own key, of its count and its name."""
     if not xs:
         return {}
-    keys = random.fold_in_each(key, torch.stack([counts[k] for k in xs]), list(xs))
-    groups: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for (k, x), row in zip(xs.items(), keys.unbind(), strict=True):
-        filled += x.numel()
-        if filled > _DRAW_AT_ONCE and groups[-1]:
-            groups.append({})
-            filled = x.numel()
-        groups[-1][k] = row
-    rounded = {}
-    for group in groups:
-        sizes = [xs[k].numel() for k in group]
-        noise = materialize(random.rounding_bits(torch.stack(list(group.values())), sizes))
-        for k, part in zip(group, noise.split([-(-n // 8) * 8 for n in sizes]), strict=True):
-            bits = part[: xs[k].numel()].to(xs[k].device).reshape(xs[k].shape)
-            rounded[k] = on_shards(random.round_with, xs[k], bits)
-    return rounded
+    keys = materialize(random.fold_in_each(key, torch.stack([counts[k] for k in xs]), list(xs)))
+    return {
+        k: on_shards(random.round_with, x, random.rounding_bits(own.to(x.device), x.shape))
+        for (k, x), own in zip(xs.items(), keys.unbind(), strict=True)
+    }
 
 
 def map_parameter_state(state: State, params: Flat, fn: Callable[[str, str, Tensor], Tensor], where: str = "") -> State:
