@@ -6,7 +6,7 @@ of them. Rounding up with the probability of the fraction keeps the expectation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -47,15 +47,18 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
         present = updates
         updates, new = inner.update(full, updates, params, **extras)
         t = increment(keyed["count"], present)
-        full, counts = {}, {}
+        entries: dict[str, dict[str, Tensor]] = {}
 
         def collect(path: str, where: str, x: Tensor) -> Tensor:
             if path in present:
-                full[f"{path}/{where}"], counts[f"{path}/{where}"] = x, t[path]
+                entries.setdefault(path, {})[f"{path}/{where}"] = x
             return x
 
         map_parameter_state(new, params, collect)
-        low = round_each(full, keyed["key"], counts)
+        full = {k: x for found in entries.values() for k, x in found.items()}
+        counts = {k: t[path] for path, found in entries.items() for k in found}
+        second = [k for found in entries.values() for k in list(found)[1::2]]
+        low = round_each(full, keyed["key"], counts, second)
         new = map_parameter_state(new, params, lambda path, where, x: low.get(f"{path}/{where}", x).to(dtype))
         return updates, {**new, "storage": kept(keyed, count=t)}
 
@@ -92,15 +95,24 @@ def _keyed(params: Flat, seed: int | Tensor) -> State:
     return {"key": key, "count": count_zeros(params)}
 
 
-def round_each(xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in bfloat16, each rounded stochastically with its own key, of its count and its name."""
+def round_each(
+    xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tensor], second: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors in bfloat16, each rounded stochastically with its own key, of its count and its name.
+
+    second: names of tensors that take the other half of the draws of the one before, whose shape they have.
+    """
     if not xs:
         return {}
-    keys = materialize(random.fold_in_each(key, torch.stack([counts[k] for k in xs]), list(xs)))
-    return {
-        k: on_shards(random.round_with, x, random.rounding_bits(own.to(x.device), x.shape))
-        for (k, x), own in zip(xs.items(), keys.unbind(), strict=True)
-    }
+    names = [k for k in xs if k not in second]
+    keys = random.fold_in_each(key, torch.stack([counts[k] for k in names]), names)
+    own = dict(zip(names, materialize(random.rounding_key(keys)).unbind(), strict=True))
+    rounded = {}
+    for k, x in xs.items():
+        if k in own:
+            bits = random.rounding_bits(own[k].to(x.device), x.shape)
+        rounded[k] = on_shards(random.round_with, x, bits[k in second])
+    return rounded
 
 
 def map_parameter_state(state: State, params: Flat, fn: Callable[[str, str, Tensor], Tensor], where: str = "") -> State:

@@ -119,21 +119,37 @@ def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] = ()) -> Tens
     return uniform(key, shape) < p
 
 
-def rounding_bits(key: Tensor, shape: Sequence[int]) -> Tensor:
-    """16 random bits per element: int32 of the given shape.
+def rounding_key(key: Tensor) -> Tensor:
+    """What `rounding_bits` takes, int32 [..., 2], of keys int64 [..., 2], mixed: those of neighbouring seeds are
+    unrelated."""
+    low, high = ((key & _MASK ^ 1 << 31) - (1 << 31)).to(torch.int32).unbind(-1)  # in two's complement
+    added = _shifted(_shifted(high * _signed(_WEYL[1]), 16) * _signed(0x85EBCA6B), 13)
+    return torch.stack([low * _signed(_WEYL[0]) ^ added, added], -1)
+
+
+def rounding_bits(key: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Twice 16 random bits per element: two int32 of the given shape. key: of `rounding_key`, int32 [2].
 
     A hash of the element's number, not a Philox block: what decides roundings has to be unbiased and unrelated from
     element to element and step to step, and to cost less than the bytes that rounding saves. (Philox would make the
     step of AdamW six times as long.) Two multiplications and three shifts of 32 bits: C. Wellons 2018, "Prospecting for
-    hash functions", lowbias32; one half of the key goes in first, the other one in the middle.
+    hash functions", lowbias32. The key says where its numbers start, and what is added in the middle.
     """
     n = math.prod(shape)
-    low, high = ((key & _MASK ^ 1 << 31) - (1 << 31)).to(torch.int32).unbind(-1)  # in two's complement
     number = torch.arange(n, dtype=torch.int32 if n < 1 << 31 else torch.int64, device=key.device).to(torch.int32)
-    x = number.reshape(tuple(shape)) + low
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D ^ high  # shifts of int32 copy the sign
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
-    return (x ^ (x >> 16)) & 0xFFFF
+    x = _shifted(number.reshape(tuple(shape)) + key[0], 16) * 0x7FEB352D + key[1]
+    x = _shifted(_shifted(x, 15) * _signed(0x846CA68B), 16)
+    return x & 0xFFFF, (x >> 16) & 0xFFFF
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x ^ x >> bits for int32, whose own shifts copy the sign."""
+    return x ^ ((x >> bits) & ((1 << (32 - bits)) - 1))
+
+
+def _signed(word: int) -> int:
+    """A word of 32 bits as an int32."""
+    return word - (1 << 32) if word >> 31 else word
 
 
 def stochastic_round(x: Tensor, key: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -147,7 +163,7 @@ def stochastic_round(x: Tensor, key: Tensor, dtype: torch.dtype = torch.bfloat16
     """
     if dtype != torch.bfloat16:
         raise ValueError(f"dtype: stochastic rounding goes to torch.bfloat16, got {dtype}")
-    return round_with(x, rounding_bits(key.to(x.device), x.shape), dtype)
+    return round_with(x, rounding_bits(rounding_key(key.to(x.device)), x.shape)[0], dtype)
 
 
 def round_with(x: Tensor, noise: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -327,8 +327,8 @@ def test_philox_over_the_whole_range_of_words() -> None:
 
 @far
 def test_stochastic_rounding_draws_anew_at_every_step(n: int) -> None:
-    x = {"w": torch.full((64,), 1 + 2.0**-9)}
+    x = {"w": torch.full((4096,), 1 + 2.0**-9)}  # a quarter of the way up
     key = random.key(0)
     low = [round_each(x, key, {"w": torch.tensor(t)})["w"] for t in (n, n + 1, n + 2)]
     assert len({tuple(v.tolist()) for v in low}) == 3
-    assert all(0.2 < float((v > 1).double().mean()) < 0.8 for v in low)
+    assert all(0.2 < float((v > 1).double().mean()) < 0.3 for v in low)

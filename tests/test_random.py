@@ -178,6 +178,26 @@ def test_stochastic_round_takes_every_threshold():
     assert ((share - expected).abs() < 5 * math.sqrt(0.25 / 4096)).all()
 
 
+def test_rounding_bits_are_uniform_and_unrelated():
+    """Every bit of both halves is 1 half of the time, whatever any other bit is, of this element, of its neighbour, of
+    the next step, and of keys that differ in one bit: 20,000 draws each, and 5.5 standard deviations for 18,336
+    comparisons."""
+    n = 20_000
+    keys = [random.key(seed) for seed in (0, 1, 1 << 32, 1 << 62)] + [random.fold_in(random.key(0), 1)]
+    words = [
+        low | (high << 16) for low, high in (random.rounding_bits(random.rounding_key(key), (n + 1,)) for key in keys)
+    ]
+    bits = torch.stack([(words[0] >> i) & 1 for i in range(32)]).double()
+    columns = [bits[:, :-1], bits[:, 1:]]
+    columns += [torch.stack([(word[:-1] >> i) & 1 for i in range(32)]).double() for word in words[1:]]
+    signs = 1 - 2 * torch.cat(columns)
+    limit = 5.5 / math.sqrt(n)
+    assert signs.mean(-1).abs().max() < limit
+    related = signs @ signs.T / n
+    assert (related - torch.eye(len(related))).abs().max() < limit
+    assert len(words[0].unique()) > n - 5  # of 2**32
+
+
 def test_stochastic_round_keeps_representable_values():
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     for x in (every.float(), every.double(), every):
