@@ -7,6 +7,7 @@ No generator, no hidden state: a key goes in, numbers come out, and the same key
     step_key = fold_in(key, step)            # step: int or integer tensor
     noise = normal(fold_in_name(step_key, "layer.0.weight"), (128, 64))
 
+Stochastic rounding, which draws for every element of a state at every step, is decided by a hash that costs less.
 Element i of a draw depends only on the key and on i, so a longer draw extends a shorter one. Integer bits are the same
 everywhere; floats made with log, sin and cos may differ between backends in the last place.
 

@@ -95,16 +95,18 @@ def _gram_times(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     return first + second
 
 
-def balance(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
-    """The same P from factors whose largest entries agree, at their geometric mean: none of them overflows alone."""
-    scales = balancing(qs, lead).unbind()
-    return [q * scale.reshape(scale.shape + (1,) * (q.ndim - lead)) for q, scale in zip(qs, scales, strict=True)]
+def balance(qs: Sequence[Tensor], lead: int = 1, where: Tensor | None = None) -> list[Tensor]:
+    """The same P from factors whose largest entries agree, at their geometric mean: none of them overflows alone.
 
-
-def balancing(qs: Sequence[Tensor], lead: int = 1) -> Tensor:
-    """What `balance` multiplies each factor by: [r, ...]."""
+    qs: as matrices, diagonals or packed. where: bool, which of the stacked tensors are balanced (all); the factors of
+    the others stay as they are.
+    """
+    if len(qs) == 1:
+        return list(qs)
     largest = torch.stack([q.abs().flatten(lead).amax(-1) for q in qs])
-    return (largest ** (1 / len(qs))).prod(0) / largest if len(qs) > 1 else torch.ones_like(largest)
+    scales = (largest ** (1 / len(qs))).prod(0) / largest
+    scales = scales if where is None else torch.where(where, scales, 1)
+    return [q * scale.reshape(scale.shape + (1,) * (q.ndim - lead)) for q, scale in zip(qs, scales, strict=True)]
 
 
 def pack(q: Tensor) -> Tensor:

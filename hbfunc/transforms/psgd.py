@@ -185,9 +185,11 @@ def scale_by_psgd(
             matrices: dict[str, list[Tensor]] = {}
             for (n, f), (t_n, due_n, balanced_n) in zip(here.items(), rows, strict=True):
                 qs = kron.fit(f.load(stored[n]), kron.damp(g[n], w[n]), w[n], lr)
-                if f.low:
-                    qs = f.rounded(_balanced(qs, qs, balanced_n), key, t_n, updates)
-                fitted = f.store(qs, None if f.low else balanced_n)  # balanced factors are those of the same P
+                early = f.low or f.cached  # what is rounded, or squared, is balanced before
+                qs = f.rounded(kron.balance(qs, where=balanced_n) if early else qs, key, t_n, updates)
+                fitted = f.store(qs)
+                if not early:  # fewer elements than those of matrices, and the same P
+                    fitted = kron.balance(fitted, where=balanced_n)
                 if refresh is None:
                     fitted = [_where(due_n, a, b) for a, b in zip(fitted, stored[n], strict=True)]
                 flat += fitted
@@ -267,15 +269,11 @@ class Factors(NamedTuple):
         ones = [torch.ones(k, n, dtype=self.dtype, device=device) * root for n in shape]
         return self.store([x.diag_embed() if t else x for x, t in zip(ones, self.triangular, strict=True)])
 
-    def store(self, qs: Sequence[Tensor], balanced: Tensor | None = None) -> list[Tensor]:
-        """The factors as they are kept. balanced: those of which leaves, bool [k], are to be balanced for that."""
+    def store(self, qs: Sequence[Tensor]) -> list[Tensor]:
+        """The factors as they are kept."""
         qs = [q.to(torch.bfloat16) for q in qs] if self.low else qs
         cache = kron.gram([q.to(self.dtype) for q in qs]) if self.cached else []
-        lines = [kron.pack(q) if t and self.packed else q for q, t in zip(qs, self.triangular, strict=True)]
-        if balanced is None:
-            return lines + cache
-        cache = _balanced(cache, lines, balanced, power=2) if self.cached else []
-        return _balanced(lines, lines, balanced) + cache
+        return [kron.pack(q) if t and self.packed else q for q, t in zip(qs, self.triangular, strict=True)] + cache
 
     def load(self, stored: Sequence[Tensor]) -> list[Tensor]:
         """The factors in the dtype of the computation, triangles as matrices."""
@@ -400,12 +398,6 @@ def _unflatten(flat: Iterable[Tensor], here: Mapping[str, Factors]) -> dict[str,
 
 def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-
-def _balanced(xs: Sequence[Tensor], factors: Sequence[Tensor], rows: Tensor, power: int = 1) -> list[Tensor]:
-    """xs times a power of what balances the factors, in these rows of the stacks."""
-    scales = torch.where(rows, kron.balancing(factors), 1) ** power
-    return [x * scale.reshape(-1, *(1,) * (x.ndim - 1)) for x, scale in zip(xs, scales.unbind(), strict=True)]
 
 
 def _take(stack: Tensor, bucket: Bucket, leaves: Flat) -> Tensor:
