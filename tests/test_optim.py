@@ -18,6 +18,7 @@ from torch import Tensor
 
 import hbfunc
 from hbfunc import utils
+from hbfunc.optim import compiled
 
 # Each class, its recipe, and the flags that the class stands for.
 TWINS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -1032,3 +1033,24 @@ def test_curvature_compiled_and_what_it_refuses(monkeypatch):
     # Linear in the bias: no curvature there, which the fit has to survive.
     optimizer.step(lambda: model(x).sum())
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_step_checks_parameters_and_gradients_and_no_state(monkeypatch):
+    """torch.compile looks at every tensor that it is told to before each step; the unit's own are not among them."""
+    checked, decide = [], compiled._guarded
+
+    def keep(entries):
+        kept = decide(entries)
+        checked.extend(entry.name for entry, yes in zip(entries, kept, strict=True) if yes)
+        return kept
+
+    monkeypatch.setattr(compiled, "_guarded", keep)
+    monkeypatch.setattr(utils, "compile_mode", "eager")
+    params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = hbfunc.AdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert any(name.startswith("params[") for name in checked)
+    assert any(name.startswith("grads[") for name in checked)
+    assert not [name for name in checked if name.startswith(("tensors[", "at["))]

@@ -94,6 +94,7 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
 
 
+# Beginnings of names that guards have: those of variables around `step`, and of what our modules import.
 _OWN = ("tensors[", "paths", "present", "at[", "extras", "empty", "G['__import_hbfunc", "G['__builtins")
 
 
