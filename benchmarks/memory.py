@@ -30,7 +30,7 @@ COLUMNS: dict[str, list[Shape]] = {
 }
 
 # The most extra bytes in a compiled step, in bytes of parameters: on `matrices`, of first-order rules on `transformer`.
-BOUNDS = dict.fromkeys(FIRST_ORDER, 0.1) | {"Muon": 2.0, "SOAP": 6.0, "PSGDKron": 11.0}  # on `matrices`
+BOUNDS = dict.fromkeys(FIRST_ORDER, 0.1) | {"Muon": 2.0, "SOAP": 6.0, "PSGDKron": 11.0}
 
 
 def make(row: str, params: list[torch.Tensor]) -> Any:

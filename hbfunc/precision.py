@@ -6,7 +6,7 @@ of them. Rounding up with the probability of the fraction keeps the expectation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
         map_parameter_state(new, params, collect)
         full = {k: x for found in entries.values() for k, x in found.items()}
         counts = {k: t[path] for path, found in entries.items() for k in found}
-        second = [k for found in entries.values() for k in list(found)[1::2]]
+        second = {k for found in entries.values() for k in list(found)[1::2]}
         low = round_each(full, keyed["key"], counts, second)
         new = map_parameter_state(new, params, lambda path, where, x: low.get(f"{path}/{where}", x).to(dtype))
         return updates, {**new, "storage": kept(keyed, count=t)}
@@ -96,7 +96,7 @@ def _keyed(params: Flat, seed: int | Tensor) -> State:
 
 
 def round_each(
-    xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tensor], second: Collection[str] = ()
+    xs: Mapping[str, Tensor], key: Tensor, counts: Mapping[str, Tensor], second: Set[str] = frozenset()
 ) -> dict[str, Tensor]:
     """The tensors in bfloat16, each rounded stochastically with its own key, of its count and its name.
 

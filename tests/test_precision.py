@@ -196,7 +196,7 @@ def test_leaves_steps_and_entries_draw_by_themselves() -> None:
         round_each({name: x}, key, {name: torch.tensor(count)})[name] == 1
         for name, count in (("a/m", 1), ("a/m", 2), ("a/v", 1), ("b/m", 1))
     ]
-    pair = round_each({"a/m": x, "a/v": x}, key, {"a/m": torch.tensor(1)}, second=["a/v"])
+    pair = round_each({"a/m": x, "a/v": x}, key, {"a/m": torch.tensor(1)}, second={"a/v"})
     assert torch.equal(pair["a/m"] == 1, draws[0])
     draws.append(pair["a/v"] == 1)
     for i, one in enumerate(draws):

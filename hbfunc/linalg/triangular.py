@@ -37,8 +37,8 @@ def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
     every = blocks(q.shape[-1])
     rows = []
     for i, (at, t) in enumerate(zip(every, parts, strict=True)):
-        inner = [(to, slice(at.start, to.stop)) for to in every[i:]]  # where rows of t meet columns of q
-        product = _joined([t[..., : k.stop - k.start] @ q[..., k, to] for to, k in inner], -1)
+        # The columns `to` of the product need t and q from the start of `at` to the end of `to`: elsewhere one is zero.
+        product = _joined([t[..., : to.stop - at.start] @ q[..., at.start : to.stop, to] for to in every[i:]], -1)
         rows.append(torch.nn.functional.pad(q[..., at, at.start :] - product, (at.start, 0)))
     return _joined(rows, -2)
 

@@ -90,7 +90,7 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     if mode in ("eager", "aot_eager"):
         return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options)
     if device.type != "cpu" or not mode.startswith("max-autotune"):
-        options |= list_mode_options(mode, dynamic)
+        options |= list_mode_options(mode, dynamic)  # which is what `mode` means; both cannot be passed
     return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
 
 

@@ -12,10 +12,8 @@ from typing import Any
 class _Waiting:
     """The handler of SIGINT while it waits."""
 
-    before: Callable[..., Any]
-
-    def __init__(self) -> None:
-        self.arrived: list[tuple[Any, ...]] = []
+    def __init__(self, before: Callable[..., Any]) -> None:
+        self.before, self.arrived = before, list[tuple[Any, ...]]()
 
     def __call__(self, *arguments: Any) -> None:
         self.arrived.append(arguments)
@@ -24,16 +22,12 @@ class _Waiting:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """SIGINT that arrives inside is handled, by whoever handles it outside, at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python handles signals in the main thread only
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # Python handles signals in the main thread only, and this one nowhere
         return
-    waiting = _Waiting()
-    before = signal.signal(signal.SIGINT, waiting)
-    if not callable(before):  # it is ignored, or ends the process
-        signal.signal(signal.SIGINT, before)
-        yield
-        return
-    waiting.before = before
+    waiting = _Waiting(before)
+    signal.signal(signal.SIGINT, waiting)
     try:
         yield
     finally:

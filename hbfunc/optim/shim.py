@@ -217,9 +217,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for p in self._pairs.values():
                 p.grad = None
             for group in self.param_groups:
-                for p in group["params"]:  # those of no unit: of complex ones only the pairs are
-                    if p.grad is not None:
-                        p.grad = None
+                for p in group["params"]:
+                    p.grad = None
 
     def _rehearse(self, steps: list[tuple[Unit, Any, list[Tensor] | None]]) -> None:
         """Meet what the steps would raise before any of them writes."""
