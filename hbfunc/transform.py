@@ -23,6 +23,8 @@ import optree
 import torch
 from torch import Tensor
 
+from hbfunc.autocast import as_around, in_own_precision, kinds_of
+
 Tree = Any
 State = dict[str, Any]
 Flat = Mapping[str, Tensor]
@@ -172,18 +174,23 @@ def transform(
     """A Transform over any tree, from functions over `Leaves`. Inside a chain, where trees are flat, it is free."""
 
     def init_tree(params: Tree) -> State:
-        return init(flat_params(params, elementwise)[0])
+        if isinstance(params, Leaves):
+            return init(params)
+        flat = flat_params(params, elementwise)[0]
+        return in_own_precision(lambda: init(flat), kinds_of(flat.values()))
 
     def update_tree(state: State, grads: Tree, params: Tree, /, **extras: Any) -> tuple[Tree, State]:
         if isinstance(params, Leaves):
             return update(state, grads, params, **extras)
         flat, back, pairs = _real_params(params, elementwise)
+        kinds = kinds_of(flat.values())
         if extras.get("grads") is not None:
             extras["grads"] = flat_like(flat, extras["grads"], "grads", pairs)
         if extras.get("curvature") is not None:
-            product = extras["curvature"]
+            product = as_around(extras["curvature"], kinds)
             extras["curvature"] = lambda v: flat_like(flat, product(back(v)), "curvature(v)", pairs)
-        updates, new = update(state, flat_like(flat, grads, "grads", pairs), flat, **extras)
+        given = flat_like(flat, grads, "grads", pairs)
+        updates, new = in_own_precision(lambda: update(state, given, flat, **extras), kinds)
         return back(updates), new
 
     if not torch.compiler.is_compiling():

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hbfunc.autocast import own_precision
 from hbfunc.linalg import modes
 from hbfunc.linalg.modes import outer_product
 
 __all__ = ["eigenbasis", "outer_product", "project", "project_back", "refresh"]
 
 
+@own_precision
 def eigenbasis(gg: Tensor) -> Tensor:
     """Orthonormal eigenvectors of symmetric gg [..., n, n], as columns, by descending eigenvalue: [..., n, n].
 
@@ -26,6 +28,7 @@ def eigenbasis(gg: Tensor) -> Tensor:
     return vectors.flip(-1).to(gg.dtype).contiguous()
 
 
+@own_precision
 def refresh(q: Tensor, gg: Tensor) -> tuple[Tensor, Tensor]:
     """One step of orthogonal iteration from basis q on gg, both [..., n, n]: the new basis, and the old columns' order.
 
@@ -40,11 +43,13 @@ def refresh(q: Tensor, gg: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(moved).Q.contiguous(), order
 
 
+@own_precision
 def project(x: Tensor, qs: Sequence[Tensor | None]) -> Tensor:
     """Coordinates of x [..., d1, ..., dr] in one basis [..., d, d] per mode, None for the standard one: Q1^T x Q2."""
     return modes.multiply(x, qs)
 
 
+@own_precision
 def project_back(x: Tensor, qs: Sequence[Tensor | None]) -> Tensor:
     """The inverse of `project`: Q1 x Q2^T."""
     return modes.multiply(x, [None if q is None else q.transpose(-2, -1) for q in qs])

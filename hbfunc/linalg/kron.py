@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hbfunc.autocast import own_precision
 from hbfunc.linalg.modes import map_rows, multiply, rows
 from hbfunc.linalg.triangular import (
     column_norms,
@@ -32,16 +33,19 @@ from hbfunc.linalg.triangular import (
 _SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
 
+@own_precision
 def apply(qs: Sequence[Tensor], x: Tensor) -> Tensor:
     """The preconditioned x: kron(Q^T Q) x, [..., d1, ..., dr]."""
     return _whiten(qs, _whiten(qs, x), transposed=True)
 
 
+@own_precision
 def gram(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
     """The factors Q^T Q of P (diagonal: q^2), for `apply_gram`."""
     return [q * q if _is_diagonal(q, lead) else times_upper(q.transpose(-2, -1), q) for q in qs]
 
 
+@own_precision
 def apply_gram(ps: Sequence[Tensor], x: Tensor) -> Tensor:
     """`apply` from the factors that `gram` made."""
     lead = x.ndim - len(ps)
@@ -57,6 +61,7 @@ def damp(g: Tensor, noise: Tensor, lead: int = 1) -> Tensor:
     return g + size * torch.linalg.vector_norm(g, dim=tuple(range(lead, g.ndim)), keepdim=True) * noise
 
 
+@own_precision
 def fit(qs: Sequence[Tensor], g: Tensor, v: Tensor, precond_lr: float | Tensor) -> list[Tensor]:
     """One step of the factors towards whitening g, with a normal probe v, both [..., d1, ..., dr].
 
@@ -69,6 +74,7 @@ def fit(qs: Sequence[Tensor], g: Tensor, v: Tensor, precond_lr: float | Tensor) 
     return [_step(q, a, b, mode, len(qs), precond_lr, _is_diagonal(q, lead)) for mode, q in enumerate(qs)]
 
 
+@own_precision
 def norm_lower_bound(xs: Sequence[Tensor], parts: list[Tensor]) -> Tensor:
     """A lower bound of the spectral norms of m = sum of x^T x over xs [..., r, n], shape [...], within sqrt(n) of them
     and mostly tight.

@@ -12,6 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hbfunc.autocast import own_precision
+
 
 def rows(x: Tensor, mode: int, order: int) -> Tensor:
     """The fibres of a mode: [..., d1, ..., dr] -> [..., numel / d, d]. A view where strides allow."""
@@ -26,6 +28,7 @@ def map_rows(fn: Callable[[Tensor], Tensor], x: Tensor, mode: int, order: int) -
     return fn(rows(x, mode, order)).reshape(shape).movedim(-1, mode - order)
 
 
+@own_precision
 def multiply(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """Rows of mode i times matrices[i] [..., d, d], None for the identity: for two modes, M1^T x M2. Contiguous."""
     for mode, matrix in enumerate(matrices):
@@ -34,6 +37,7 @@ def multiply(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     return x.contiguous()
 
 
+@own_precision
 def outer_product(x: Tensor, mode: int, order: int) -> Tensor:
     """The Gram matrix of a mode, summed over the others: [..., d, d]; for two modes, x x^T and x^T x."""
     fibres = rows(x, mode, order)

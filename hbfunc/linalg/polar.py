@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hbfunc.autocast import own_precision
+
 Coefficients = Sequence[tuple[float, float, float]]
 
 _AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
@@ -32,6 +34,7 @@ _POLAR_EXPRESS: Coefficients = (
 _POLAR_EXPRESS_RUNS = (2, 1, 1, 1)  # by .005; (2, 3) by .03
 
 
+@own_precision
 def orthogonalize(x: Tensor, method: str = "newtonschulz") -> Tensor:
     """The polar factor of each matrix in x [..., m, n], in the shape and dtype of x. Zero matrices give zero.
 

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hbfunc.autocast import own_precision
+
 _BLOCK = 384  # columns; smaller blocks save more multiplications, but make more kernels to compile
 
 
@@ -21,17 +23,20 @@ def blocks(n: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
+@own_precision
 def times_upper(x: Tensor, q: Tensor) -> Tensor:
     """x q for x [..., r, n] and upper triangular q [..., n, n]."""
     return _joined([x[..., : at.stop] @ q[..., : at.stop, at] for at in blocks(q.shape[-1])], -1)
 
 
+@own_precision
 def times_upper_transposed(x: Tensor, q: Tensor) -> Tensor:
     """x q^T for x [..., r, n] and upper triangular q [..., n, n]."""
     parts = [x[..., at.start :] @ q[..., at, at.start :].transpose(-2, -1) for at in blocks(q.shape[-1])]
     return _joined(parts, -1)
 
 
+@own_precision
 def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
     """q - t q for upper triangular q and t [..., n, n], of which `parts` has the rows that `upper_gram` gives."""
     every = blocks(q.shape[-1])
@@ -43,12 +48,14 @@ def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
     return _joined(rows, -2)
 
 
+@own_precision
 def upper_gram(rows: Tensor) -> list[Tensor]:
     """rows^T rows for rows [..., r, n], for each block of columns its rows, from the diagonal to the right."""
     columns = rows.transpose(-2, -1)
     return [columns[..., at, :] @ rows[..., at.start :] for at in blocks(rows.shape[-1])]
 
 
+@own_precision
 def column_norms(parts: list[Tensor]) -> Tensor:
     """Norms of the columns of a symmetric matrix, from what `upper_gram` gives of it: [..., n]."""
     n = parts[0].shape[-1]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hbfunc import nonfinite, random, utils
+from hbfunc.autocast import in_own_precision
 from hbfunc.exchange import is_sharded, local
 from hbfunc.optim import checkpoint, sharded
 from hbfunc.optim.checkpoint import EMA
@@ -172,14 +173,16 @@ class StatefulOptimizer(torch.optim.Optimizer):
         several groups, they are all rehearsed before. Ctrl-C waits while the step writes. Should a group fail after all
         (out of memory, in a graph that ran before), the groups before it are stepped and their gradients cleared, so
         that another step() does the rest.
-        In a function under torch.compile, the graph breaks here: the step has a graph of its own.
+        In a function under torch.compile, the graph breaks here: the step has a graph of its own. Under torch.autocast,
+        only the closure is: the step computes in its own precision.
         Raises TypeError for a sparse gradient or one of no fitting dtype, ValueError for one of another shape or device
         than its parameter and for a hyperparameter out of range.
         """
         loss = self.evaluate(closure)
         self._new = []
+        kinds = {p.device.type for group in self.param_groups for p in group["params"] if not p.is_meta}
         try:
-            self._advance_all()
+            in_own_precision(self._advance_all, kinds)
         except BaseException:
             for p in self._new:  # that had no state before
                 self.state.pop(p, None)
