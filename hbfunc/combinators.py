@@ -14,6 +14,7 @@ from hbfunc.transform import (
     Flat,
     Layout,
     Leaves,
+    RefreshSchedule,
     State,
     Transform,
     Tree,
@@ -24,9 +25,9 @@ from hbfunc.transform import (
     compute_dtype,
     flatten,
     in_dtype_of,
-    inner_layout,
     kept,
     transform,
+    wrap,
     zeros,
 )
 from hbfunc.transforms.adaptive import ema
@@ -61,7 +62,13 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         updates, inner = factory(**choices, **state["hyper"]).update(inner, updates, params, **extras)
         return updates, {"hyper": state["hyper"], **inner}
 
-    return transform(init, update, built.name, built.needs, built.layout, built.elementwise, built.leafwise)
+    def refreshes(state: State) -> RefreshSchedule | None:
+        inner = {k: v for k, v in state.items() if k != "hyper"}
+        schedule = factory(**choices, **state["hyper"]).refreshes
+        return None if schedule is None else schedule(inner)
+
+    changes = {} if built.refreshes is None else {"refreshes": refreshes}
+    return wrap(built, init, update, inside="", **changes)
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
@@ -134,8 +141,7 @@ def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wan
         assert inner.layout is not None
         return inner.layout(select(params))
 
-    places = layout if inner.layout else None
-    return transform(init, update, inner.name, inner.needs, places, leafwise=inner.leafwise)
+    return wrap(inner, init, update, inside="", layout=layout if inner.layout else None, elementwise=False)
 
 
 def cautious(inner: Transform, scale: bool = True) -> Transform:
@@ -215,8 +221,7 @@ def accumulate(inner: Transform, steps: int) -> Transform:
             "inner": select(last, after, state["inner"]),
         }
 
-    places = inner_layout(inner)
-    return transform(init, update, "accumulate", inner.needs, places, inner.elementwise, inner.leafwise)
+    return wrap(inner, init, update, name="accumulate")
 
 
 def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
@@ -236,5 +241,4 @@ def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
         average = {k: ema(state["ema"][k], moved[k].to(compute_dtype(moved[k])), w[k]) for k in updates}
         return updates, kept({**state, "inner": {}}, count=t, ema=average) | {"inner": after}
 
-    places = inner_layout(inner)
-    return transform(init, update, "with_ema", inner.needs, places, inner.elementwise, inner.leafwise)
+    return wrap(inner, init, update, name="with_ema")

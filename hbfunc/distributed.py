@@ -31,7 +31,7 @@ from hbfunc.exchange import (
     placed_like,
     ranks_of,
 )
-from hbfunc.transform import Flat, Leaves, State, Transform, compute_dtype, transform
+from hbfunc.transform import Flat, Leaves, State, Transform, compute_dtype, wrap
 
 Place = tuple[str, ...]
 
@@ -78,7 +78,7 @@ def on_owners(inner: Transform, *, params: bool = True, grads: bool = True) -> T
         found = {k: as_shard(moved[f"updates {k}"], leaves[k]) for k in updates}
         return found, plan.state(after, state, moved, list(updates))
 
-    return transform(init, update, inner.name, inner.needs, inner.layout, inner.elementwise, inner.leafwise)
+    return wrap(inner, init, update, inside="")
 
 
 class _Plan:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hbfunc.exchange import hold_everywhere, is_sharded, local
 from hbfunc.schedules import count_zeros
-from hbfunc.transform import Flat, Leaves, State, Transform, inner_layout, kept, transform
+from hbfunc.transform import Flat, Leaves, State, Transform, kept, wrap
 
 POLICIES = ("propagate", "skip", "skip_leaf", "raise")
 SKIPPED = "skipped"  # the entry of both states that counts
@@ -47,7 +47,7 @@ def apply_if_finite(inner: Transform, also: bool | Tensor = True) -> Transform:
             {"skipped": state["skipped"] + torch.where(ok, 0, 1), "inner": select(ok, after, state["inner"])},
         )
 
-    return transform(init, update, "apply_if_finite", inner.needs, inner_layout(inner))
+    return wrap(inner, init, update, name="apply_if_finite", elementwise=False, leafwise=False)
 
 
 def apply_to_finite_leaves(inner: Transform) -> Transform:
@@ -72,7 +72,7 @@ def apply_to_finite_leaves(inner: Transform) -> Transform:
             {**kept(state, skipped=skipped), "inner": _select_leaves(ok, after, state["inner"], layout)},
         )
 
-    return transform(init, update, "apply_to_finite_leaves", inner.needs, inner_layout(inner))
+    return wrap(inner, init, update, name="apply_to_finite_leaves", elementwise=False)
 
 
 _NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0

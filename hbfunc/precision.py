@@ -16,7 +16,7 @@ from hbfunc import random
 from hbfunc.exchange import on_shards
 from hbfunc.opaque import materialize
 from hbfunc.schedules import count_zeros, increment
-from hbfunc.transform import Flat, Leaves, State, Transform, check_choice, compute_dtype, kept, transform
+from hbfunc.transform import Flat, Leaves, State, Transform, check_choice, compute_dtype, kept, transform, wrap
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -62,7 +62,7 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
         new = map_parameter_state(new, params, lambda path, where, x: low.get(f"{path}/{where}", x).to(dtype))
         return updates, {**new, "storage": kept(keyed, count=t)}
 
-    return transform(init, update, inner.name, inner.needs, inner.layout, leafwise=inner.leafwise)
+    return wrap(inner, init, update, inside="", elementwise=False)
 
 
 def round_to_parameters(seed: int | Tensor = 0) -> Transform:

@@ -29,6 +29,7 @@ Tree = Any
 State = dict[str, Any]
 Flat = Mapping[str, Tensor]
 Layout = dict[str, Any]
+RefreshSchedule = Callable[[int], "bool | str | None"]  # step t, from 1 -> what `update(..., refresh=)` is given there
 
 
 class Transform(NamedTuple):
@@ -46,6 +47,10 @@ class Transform(NamedTuple):
         complex leaf is one of real numbers, as in torch.optim.
     leafwise: an update of a leaf depends on no other leaf, so that each may be computed on another machine. All that is
         elementwise is leafwise.
+    refreshes: what `refresh=None` decides, known outside of the graph: state -> schedule, a function of a leaf's own
+        step t. Of the state it reads keys and hyperparameters only, which may be CPU copies or Python numbers. None,
+        or a schedule of None: nobody knows it but the graph.
+    first_step_moves: whether the first step moves parameters; False for rules that gather statistics in it.
     """
 
     init: Callable[..., State]
@@ -55,6 +60,8 @@ class Transform(NamedTuple):
     layout: Callable[[Flat], Layout] | None = None
     elementwise: bool = False
     leafwise: bool = False
+    refreshes: Callable[[State], RefreshSchedule | None] | None = None
+    first_step_moves: bool = True
 
 
 class Leaves(dict[str, Tensor]):
@@ -200,10 +207,40 @@ def transform(
     return Transform(init_tree, update_tree, name, needs, layout, elementwise, leafwise or elementwise)
 
 
-def inner_layout(inner: Transform) -> Callable[[Flat], Layout] | None:
-    """The layout of a transform whose state holds that of `inner` under "inner"."""
-    layout = inner.layout
-    return None if layout is None else lambda params: {"inner": layout(params)}
+def wrap(
+    inner: Transform,
+    init: Callable[[Leaves], State],
+    update: Callable[..., tuple[dict[str, Tensor], State]],
+    *,
+    inside: str = "inner",
+    **changes: Any,
+) -> Transform:
+    """A Transform around another: all that is true of `inner` stays true, but for the fields in `changes`.
+
+    inside: the key of inner's state in that of the new one, "" where they are the same dict.
+    """
+    fields: dict[str, Any] = dict(zip(inner._fields, inner, strict=True))
+    layout, refreshes = inner.layout, inner.refreshes
+    if inside and layout is not None:
+        fields["layout"] = lambda params: {inside: layout(params)}
+    if inside and refreshes is not None:
+        fields["refreshes"] = lambda state: refreshes(state[inside])
+    fields |= changes
+    outer = transform(init, update, fields["name"], elementwise=fields["elementwise"])
+    return Transform(**{**fields, "init": outer.init, "update": outer.update})
+
+
+def agreed(schedules: Sequence[RefreshSchedule | None]) -> RefreshSchedule | None:
+    """One schedule for several transforms: what they all say, and None, which lets the graph decide, where they differ
+    or one is not known."""
+    if len(schedules) == 1 or None in schedules:
+        return schedules[0] if len(schedules) == 1 else None
+
+    def schedule(t: int) -> bool | str | None:
+        said = {s(t) for s in schedules if s is not None}
+        return said.pop() if len(said) == 1 else None
+
+    return schedule
 
 
 def chain(*transforms: Transform, name: str = "chain") -> Transform:
@@ -241,9 +278,16 @@ def chain(*transforms: Transform, name: str = "chain") -> Transform:
     def layout(params: Flat) -> Layout:
         return {n: t.layout(params) for n, t in zip(names, transforms, strict=True) if t.layout is not None}
 
+    scheduled = [(n, t.refreshes) for n, t in zip(names, transforms, strict=True) if "refresh" in t.needs]
+
+    def refreshes(state: State) -> RefreshSchedule | None:
+        return agreed([None if r is None else r(state.get(n, {})) for n, r in scheduled])
+
     elementwise, leafwise = all(t.elementwise for t in transforms), all(t.leafwise for t in transforms)
     stacked = any(t.layout for t in transforms)
-    return transform(init, update, name, needs, layout if stacked else None, elementwise, leafwise)
+    return transform(init, update, name, needs, layout if stacked else None, elementwise, leafwise)._replace(
+        refreshes=refreshes if scheduled else None, first_step_moves=all(t.first_step_moves for t in transforms)
+    )
 
 
 def _unique(names: list[str]) -> list[str]:

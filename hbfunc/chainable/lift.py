@@ -24,7 +24,7 @@ from hbfunc.chainable.rules import Face, ScheduleFreeFace, UpdateBy, decayed
 from hbfunc.chainable.sides import select
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.schedules import at, count_zeros, increment, palm_beta2
-from hbfunc.transform import Leaves, State, Transform, chain, compute_dtype, kept, transform
+from hbfunc.transform import Leaves, RefreshSchedule, State, Transform, chain, compute_dtype, kept, transform, wrap
 
 Ending = Callable[[Face], list[Transform]]
 
@@ -160,14 +160,16 @@ class Program:
         self.first = traceable(partial(first_entries, self.parts, choices))
         self.name = self.parts[0].name if len(self.parts) == 1 else "chain"
         faces = [part.face for part in self.parts if part.face is not None]
-        self.says_first = all(face.schedule.says_first for face in faces if face.schedule is not None)
-        self.psgd = any(face.schedule is not None and not face.schedule.says_first for face in faces)
-        self.holds_first = any(face.holds_first for face in faces)
         self.last = faces[-1] if faces and faces[-1] is self.parts[-1].face else None
         # Nothing but transforms in a row.
         self.plain = not any(part.own or isinstance(part.face, UpdateBy) for part in self.parts[:-1]) and (
             not self.parts or not self.parts[-1].own
         )
+
+    def transforms(self, run: Run) -> list[Transform]:
+        """The transforms of the documented functions, for what is true of them."""
+        parts = [(part.face, part.options) for part in self.parts]
+        return [face.transform(run.group, **options) for face, options in parts if face is not None]
 
     def elements(self, run: Run, ending: Ending | None = None) -> list[Transform]:
         """A transform for each part.
@@ -176,7 +178,7 @@ class Program:
         last one's is left to what follows the elements.
         """
         found = [t for i in range(len(self.parts)) for t in self._element(i, run, ending)]
-        if not self.psgd:
+        if not _fits_curvature(self.transforms(run)):
             return found
         # As in the recipe, factors are fitted on what the functions are given, not on the raw gradients.
         inner = chain(*found, name="psgd")
@@ -228,8 +230,14 @@ class Program:
             new = {**rest, "clock": kept(state["clock"], count=count)}
             return updates, {**new, "functions": collected(functions, run)} if functions else new
 
+        def refreshes(state: State) -> RefreshSchedule | None:
+            known = known_first(self.parts, state.get("functions", {}))
+            if inner.refreshes is None:
+                return None if known else lambda t: "first" if t == 1 else False
+            return inner.refreshes(state) if known or not _fits_curvature(self.transforms(run)) else None
+
         needs = tuple(sorted({*inner.needs, "grads", "refresh"}))
-        return transform(init, update, inner.name, needs, inner.layout)
+        return wrap(inner, init, update, inside="", needs=needs, refreshes=refreshes, elementwise=False, leafwise=False)
 
     def begin(self, run: Run, count: Flat, functions: Mapping[str, Flat], refresh: Any) -> None:
         """Make the worlds. Where refresh tells, the first step is known; but PSGD's does not tell."""
@@ -237,7 +245,7 @@ class Program:
         nothing: dict[str, Flat] = {k: {} for k in count}
         if known_first(self.parts, functions):
             run.worlds = [World(False, stored)]
-        elif refresh == "first" or (refresh is not None and self.says_first):
+        elif refresh == "first" or (refresh is not None and not _fits_curvature(self.transforms(run))):
             run.worlds = [World(True, nothing) if refresh == "first" else World(False, stored)]
         elif torch.compiler.is_compiling() or mapped():
             run.first = {k: t == 1 for k, t in count.items()}
@@ -247,6 +255,11 @@ class Program:
             seen = {k: entries for k, entries in stored.items() if k not in first}
             worlds = [World(False, seen), World(True, {k: {} for k in first})]
             run.worlds = [world for world in worlds if world.entries]
+
+
+def _fits_curvature(transforms: Iterable[Transform]) -> bool:
+    """Whether one is PSGD's: its refreshes do not tell the first step from others."""
+    return any("curvature" in t.needs for t in transforms)
 
 
 def known_first(parts: Iterable[Part], names: Iterable[str]) -> bool:
@@ -275,13 +288,9 @@ def collected(functions: Mapping[str, Flat], run: Run) -> dict[str, Flat]:
 
 def late(run: Run, make: Callable[[dict[str, Any]], Transform]) -> Transform:
     """The transform of the group as it is when its turn comes: functions before it may have changed that."""
-    now = make(run.group)
-    return Transform(
-        lambda params: make(run.group).init(params),
-        lambda state, updates, params, **extras: make(run.group).update(state, updates, params, **extras),
-        now.name,
-        now.needs,
-        now.layout,
+    return make(run.group)._replace(
+        init=lambda params: make(run.group).init(params),
+        update=lambda state, updates, params, **extras: make(run.group).update(state, updates, params, **extras),
     )
 
 
@@ -310,7 +319,7 @@ def _applied(inner: Transform, run: Run) -> Transform:
         run.skipped.update({k: torch.ones((), dtype=torch.bool, device=u.device) for k, u in updates.items()})
         return updates, state
 
-    return transform(inner.init, update, inner.name, inner.needs, inner.layout)
+    return wrap(inner, inner.init, update, inside="", elementwise=False)
 
 
 def _with_palm(run: Run) -> Transform:
@@ -325,11 +334,7 @@ def _with_palm(run: Run) -> Transform:
 
 def _rebuilt(rule: Callable[[], Transform]) -> Transform:
     """`rule()`, made anew for each call: a run is of one step."""
-    now = rule()
-    return Transform(
-        lambda params: rule().init(params),
-        lambda state, updates, params, **extras: rule().update(state, updates, params, **extras),
-        now.name,
-        now.needs,
-        now.layout,
+    return rule()._replace(
+        init=lambda params: rule().init(params),
+        update=lambda state, updates, params, **extras: rule().update(state, updates, params, **extras),
     )

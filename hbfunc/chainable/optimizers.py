@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hbfunc import utils
 from hbfunc.chainable.guards import Group, SkipUpdate, entries_of
-from hbfunc.chainable.lift import Program, Run, joined, known_first, late, settled, split
+from hbfunc.chainable.lift import Program, Run, joined, late, settled, split
 from hbfunc.chainable.parts import Function, parts_of
-from hbfunc.chainable.rules import Face, Schedule, ScheduleFreeFace, agreeing, decayed, ending, palm_beta2
+from hbfunc.chainable.rules import Face, ScheduleFreeFace, agreeing, decayed, ending, palm_beta2
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.optim.first_order import TrainEval
 from hbfunc.optim.shim import StatefulOptimizer, trainable, use_default
-from hbfunc.optim.unit import Refresh, Unit
+from hbfunc.optim.unit import Unit
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.recipes.common import before, check_flags, two_betas
 from hbfunc.schedules import warmup
@@ -42,9 +42,10 @@ def chain(state: Any, group: Group, grad: list[Tensor], param: list[Tensor], *fn
 
     update: Any = [g.clone() for g in grad]
     skipped = [False] * len(param)
-    holds_first = False
+    first_step_moves = True
     for part in parts_of(fns):
-        holds_first |= part.face is not None and part.face.holds_first
+        if part.face is not None:
+            first_step_moves &= part.face.transform(group, **part.options).first_step_moves
         try:
             update = part.function(part.spaced(held), group, update, grad, param)
         except SkipUpdate as skip:
@@ -56,13 +57,13 @@ def chain(state: Any, group: Group, grad: list[Tensor], param: list[Tensor], *fn
     ready = [i for i, skip in enumerate(skipped) if not skip]
     if ready:
         moved, grads, params = ([tensors[i] for i in ready] for tensors in (update, grad, param))
-        _step.move(_step.transform(group, holds_first=holds_first), held, moved, grads, params)
+        _step.move(_step.transform(group, first_step_moves=first_step_moves), held, moved, grads, params)
 
 
 @Face
-def _step(group: Group, holds_first: bool) -> Transform:
+def _step(group: Group, first_step_moves: bool) -> Transform:
     """What `chain` ends in."""
-    return chain_(*ending(group, holds_first))
+    return chain_(*ending(group, first_step_moves))
 
 
 class ChainOpt(StatefulOptimizer):
@@ -135,7 +136,7 @@ class ChainOpt(StatefulOptimizer):
                 *before(full["mars"], full["mars_gamma"], beta1, full.get("gradient_clipping")),
                 *program.elements(run, end),
                 *([] if clip is None else [clip_by(clip, "update_clipping")]),
-                *end(program.last, program.holds_first),
+                *end(program.last, all(t.first_step_moves for t in program.transforms(run))),
                 *([] if program.plain else [settled(run)]),
                 round_to_parameters(full["seed"]),
             ]
@@ -143,32 +144,6 @@ class ChainOpt(StatefulOptimizer):
             return with_storage(whole, full["storage_dtype"], full["seed"])
 
         return with_hyperparameters(rule, **numbers)
-
-    def refresh(self, group: dict[str, Any], unit: Unit) -> Refresh | None:
-        """What the host knows of a step: when SOAP or PSGD is due, and for functions with state, which is the first."""
-        faces = [(part.face, part.options) for part in parts_of(self.functions(group)) if part.face is not None]
-        scheduled = [(face.schedule, options) for face, options in faces if face.schedule is not None]
-        read = {k: group.get(k) for schedule, _ in scheduled for k in schedule.reads}
-        if unit.schedule is None or unit.schedule[0] != read:
-            found = self._refresh(group, unit, scheduled)
-            if found is None:
-                return None
-            unit.schedule = read, found
-        return unit.schedule[1]
-
-    def _refresh(
-        self, group: dict[str, Any], unit: Unit, scheduled: list[tuple[Schedule, dict[str, Any]]]
-    ) -> Refresh | None:
-        entries = {place[-2] for place in unit.tensors if "functions" in place[:-2]}
-        known = known_first(parts_of(self.functions(group)), entries)
-        if not scheduled:
-            return None if known else lambda t: "first" if t == 1 else False
-        (schedule, options), *others = scheduled
-        if others or not (known or schedule.says_first):
-            return None
-        keys = (x for place, x in unit.tensors.items() if place[-1] == "key" and place[-2].startswith("scale_by"))
-        double = any(p.dtype == torch.float64 for p in group["params"])
-        return schedule.make(group, key=next(keys, None), dtype=torch.float64 if double else torch.float32, **options)
 
     def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None, rehearse: bool = False) -> None:
         try:
@@ -201,9 +176,11 @@ _DEFAULTS = {
 _NO_OPTIONS = ("params", "param_names", "rule", "foreach", "train_mode", "palm", "nonfinite")
 
 
-def _ending(run: Run, face: Face | None, holds_first: bool | None = None) -> list[Transform]:
+def _ending(run: Run, face: Face | None, first_step_moves: bool | None = None) -> list[Transform]:
     """From the update of the functions, or of `face`, to the change of the parameters."""
-    hold = holds_first if holds_first is not None else face is not None and face.holds_first
+    moves = first_step_moves
+    if moves is None:
+        moves = face is None or face.transform(run.group).first_step_moves
     scheduled = callable(run.group["lr"])
 
     def by_rate(group: Group) -> Transform:
@@ -212,7 +189,7 @@ def _ending(run: Run, face: Face | None, holds_first: bool | None = None) -> lis
 
     agree = [late(run, lambda group: chain_(*agreeing(group), name="caution"))] if run.group["caution"] else []
     step = late(run, face.transform if isinstance(face, ScheduleFreeFace) else by_rate)
-    return [*agree, late(run, lambda group: decayed(group, hold)), step]
+    return [*agree, late(run, lambda group: decayed(group, moves)), step]
 
 
 class BaseOpt(ChainOpt):

@@ -7,8 +7,7 @@ state in the dicts of the parameters. In an optimizer or a lifted chain the tran
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,29 +24,9 @@ from hbfunc.transform import chain as chain_
 from hbfunc.transforms import adaptive, momentum, orthogonal, psgd, soap, steps
 from hbfunc.transforms.schedule_free import schedule_free
 
-Refresh = Callable[[int], "bool | str"]
-
-
-class Schedule(NamedTuple):
-    """When a transform refreshes. make: (group, key=, dtype=, **options) -> what `refresh=` is at step t. reads: of the
-    group. says_first: whether the first step is known by it."""
-
-    make: Callable[..., Refresh]
-    reads: tuple[str, ...]
-    says_first: bool
-
 
 class Face(FunctionTransform):
-    """The documented name of a transform. fn: (group, **options) -> Transform.
-
-    holds_first: its first step moves nothing, weight decay included. schedule: of the transform's `refresh=`.
-    """
-
-    def __init__(
-        self, fn: Callable[..., Transform], holds_first: bool = False, schedule: Schedule | None = None
-    ) -> None:
-        super().__init__(fn)
-        self.holds_first, self.schedule = holds_first, schedule
+    """The documented name of a transform. fn: (group, **options) -> Transform."""
 
     def transform(self, group: Group, **options: Any) -> Transform:
         """The transform with the hyperparameters of a group."""
@@ -90,7 +69,7 @@ class UpdateBy(Face):
             return scale_by.transform(group, **options)
 
         fn.__name__, fn.__doc__, fn.__module__ = name, f"{scale_by.fn_name}, then the step.", __name__
-        super().__init__(fn, scale_by.holds_first, scale_by.schedule)
+        super().__init__(fn)
         self.scale_by = scale_by
 
     def __call__(
@@ -101,7 +80,8 @@ class UpdateBy(Face):
 
     def whole(self, group: Group, **options: Any) -> list[Transform]:
         """The transform, and what follows it."""
-        return [self.transform(group, **options), *ending(group, self.holds_first)]
+        scaled = self.transform(group, **options)
+        return [scaled, *ending(group, scaled.first_step_moves)]
 
 
 class ScheduleFreeFace(UpdateBy):
@@ -122,10 +102,10 @@ class PalmBeta2(float):
     decay: Decay
 
 
-def ending(group: Group, holds_first: bool = False) -> list[Transform]:
+def ending(group: Group, first_step_moves: bool = True) -> list[Transform]:
     """From the update to the change of the parameters."""
     rate = steps.scale_by_learning_rate(group["lr"])
-    return [*agreeing(group), decayed(group, holds_first), rate, round_to_parameters(group.get("seed", 0))]
+    return [*agreeing(group), decayed(group, first_step_moves), rate, round_to_parameters(group.get("seed", 0))]
 
 
 def agreeing(group: Group) -> list[Transform]:
@@ -133,10 +113,10 @@ def agreeing(group: Group) -> list[Transform]:
     return [caution(group.get("caution_scaling", utils.caution_scaling))] if group.get("caution") else []
 
 
-def decayed(group: Group, holds_first: bool = False) -> Transform:
-    """Weight decay."""
+def decayed(group: Group, first_step_moves: bool = True) -> Transform:
+    """Weight decay, from the first step on that moves."""
     decay = group.get("weight_decay", 0.0)
-    return steps.add_decayed_weights(after_first(decay) if holds_first else decay)
+    return steps.add_decayed_weights(decay if first_step_moves else after_first(decay))
 
 
 def _computed(tensors: Sequence[Tensor], leaves: Leaves) -> dict[str, Tensor]:
@@ -191,7 +171,7 @@ def scale_by_laprop(group: Group) -> Transform:
     return adaptive.scale_by_laprop(**_given(group, "beta1", "beta2", "eps"))
 
 
-@partial(Face, holds_first=True)
+@Face
 def scale_by_adopt(group: Group) -> Transform:
     """ADOPT, with betas and eps."""
     return adaptive.scale_by_adopt(**_given(group, "beta1", "beta2", "eps"))
@@ -203,10 +183,10 @@ def orthogonalize_update(group: Group) -> Transform:
     return orthogonal.orthogonalize(group.get("orthogonalizer", utils.zeroth_power_mode))
 
 
-_SOAP_SCHEDULE = ("precondition_frequency", "use_precond_schedule", "precond_scheduler")
 _SOAP = (
     *("beta1", "beta2", "shampoo_beta", "eps", "max_precond_dim", "merge_dims", "precondition_1d", "normalize_grads"),
-    *("data_format", "correct_bias", "split", "inner", "seed", "stop_gradient", *_SOAP_SCHEDULE),
+    *("data_format", "correct_bias", "split", "inner", "seed", "stop_gradient"),
+    *("precondition_frequency", "use_precond_schedule", "precond_scheduler"),
 )
 
 
@@ -216,20 +196,16 @@ def _soap_options(group: Group, options: Group) -> Group:
     return {"use_precond_schedule": group.get("use_precond_schedule", random), **options}
 
 
-def _soap_schedule(group: Group, key: Tensor | None = None, dtype: Any = None, **options: Any) -> Refresh:
-    return soap.refresh_schedule(**_given(group, *_SOAP_SCHEDULE, **_soap_options(group, options)), key=key)
-
-
-@partial(Face, holds_first=True, schedule=Schedule(_soap_schedule, _SOAP_SCHEDULE, True))
+@Face
 def scale_by_soap(group: Group, **options: Any) -> Transform:
     """SOAP, with the options of `hbfunc.soap` that the group has; `inner="laprop"` by keyword."""
     return soap.scale_by_soap(**_given(group, *_SOAP, **_soap_options(group, options)))
 
 
-_PSGD_SCHEDULE = ("preconditioner_update_probability", "stochastic_schedule")
 _PSGD = (
     *("precond_lr", "precond_init_scale", "max_size_triangular", "min_ndim_triangular", "memory_save_mode"),
-    *("momentum_into_precond_update", "merge_dims", "split", "store_triu_as_line", "q_dtype", "seed", *_PSGD_SCHEDULE),
+    *("momentum_into_precond_update", "merge_dims", "split", "store_triu_as_line", "q_dtype", "seed"),
+    *("preconditioner_update_probability", "stochastic_schedule"),
 )
 
 
@@ -237,13 +213,6 @@ def _psgd_options(group: Group, cached: bool | None, prob: Any) -> Group:
     return {"cached": group.get("cached", False) if cached is None else cached} | (
         {} if prob is None else {"preconditioner_update_probability": prob}
     )
-
-
-def _psgd_schedule(
-    group: Group, key: Tensor | None = None, dtype: Any = torch.float32, cached: bool | None = None, prob: Any = None
-) -> Refresh:
-    options = _given(group, *_PSGD_SCHEDULE, **_psgd_options(group, cached, prob))
-    return psgd.refresh_schedule(**options, key=key, dtype=dtype)
 
 
 def _psgd(name: str, delayed: bool) -> Face:
@@ -254,7 +223,7 @@ def _psgd(name: str, delayed: bool) -> Face:
 
     fn.__name__, fn.__module__ = name, __name__
     fn.__doc__ = "PSGD-Kron, with the options of `hbfunc.psgd_kron` that the group has; `cached` and `prob` by keyword."
-    return Face(fn, schedule=Schedule(_psgd_schedule, _PSGD_SCHEDULE, False))
+    return Face(fn)
 
 
 scale_by_psgd = _psgd("scale_by_psgd", delayed=False)

@@ -8,8 +8,6 @@ from hbfunc import recipes
 from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optim.first_order import Moments, arguments
 from hbfunc.optim.shim import StatefulOptimizer, use_default
-from hbfunc.optim.unit import Refresh, Unit
-from hbfunc.transforms import psgd, soap
 
 
 class MuonLaProp(Moments):
@@ -55,8 +53,6 @@ class ForeachSOAP(StatefulOptimizer):
     """SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the slowly changing eigenbasis of Shampoo's factors."""
 
     recipe = staticmethod(recipes.soap)
-    schedule = staticmethod(soap.refresh_schedule)
-    scheduled = "scale_by_soap"
     use_precond_schedule: bool = False
 
     def __init__(
@@ -119,8 +115,6 @@ class ForeachPSGDKron(WithCurvature):
     """
 
     recipe = staticmethod(recipes.psgd_kron)
-    schedule = staticmethod(psgd.refresh_schedule)
-    scheduled = "scale_by_psgd"
     update_clipping = "trust_region_clip_"
     delayed: bool = False
     cached: bool = False
@@ -161,11 +155,6 @@ class ForeachPSGDKron(WithCurvature):
         nonfinite: str = "propagate",
     ) -> None:
         super().__init__(**arguments(locals()))
-
-    def refresh(self, group: dict[str, Any], unit: Unit) -> Refresh | None:
-        """Draws are the same on the host; a deterministic schedule adds up the probabilities of all earlier steps, and
-        only the state has their sum."""
-        return super().refresh(group, unit) if group["stochastic_schedule"] else None
 
 
 class ForeachPurePSGD(ForeachPSGDKron):

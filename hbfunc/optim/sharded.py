@@ -43,7 +43,7 @@ from hbfunc.optim.guard import fitting, rule_of
 from hbfunc.optim.guard import views as views_of
 from hbfunc.optim.joined import Joined, joins
 from hbfunc.optim.state import Place, adopt, check, located, mapped, nested
-from hbfunc.optim.unit import Refresh, Unit
+from hbfunc.optim.unit import Unit
 from hbfunc.transform import Leaves, Transform, compute_dtype
 
 Entries = dict[str, dict[str, Any]]  # path -> name -> tensor
@@ -369,12 +369,13 @@ class OwnedUnit(ShardedUnit):
         found = self._several[len(sets)].gather(numbered)
         return [{k: found[f"{i} {k}"] for k in shards if k in self.exchange.blocks} for i, shards in enumerate(sets)]
 
-    def due(self, schedule: Refresh | None) -> bool | str | None:
+    def due(self) -> bool | str | None:
         """As the base class, from the counts of all leaves: the same decision on every rank."""
+        schedule = self.scheduled()
         if schedule is None:
             return None
         if any("inner" in place for place in self.tensors):  # a transform that may not pass every step on
-            return None if "curvature" in self.transform.needs else super().due(schedule)
+            return None if "curvature" in self.transform.needs else super().due()
         if not self.everyone:
             device = next(iter(self.parameters.values())).device
             counts = torch.zeros(len(self.parameters), dtype=torch.int64, device=device)

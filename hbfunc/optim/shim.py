@@ -25,7 +25,7 @@ from hbfunc.optim.checkpoint import EMA
 from hbfunc.optim.guard import guarded
 from hbfunc.optim.interrupts import uninterrupted
 from hbfunc.optim.joined import joins
-from hbfunc.optim.unit import Refresh, Unit
+from hbfunc.optim.unit import Unit
 from hbfunc.recipes.common import check_flags, check_value
 from hbfunc.schedules import ema_weight
 from hbfunc.transform import Leaves, Transform, as_real, check_dtype
@@ -67,8 +67,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
     """
 
     recipe: ClassVar[Callable[..., Transform]]
-    schedule: ClassVar[Callable[..., Refresh] | None] = None  # of refreshes, from options and key of `scheduled`
-    scheduled: ClassVar[str] = ""
     gradient_clipping: Any = None
     update_clipping: Any = None
     palm: bool = False
@@ -130,19 +128,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """The value in a param group of a hyperparameter of the state, where betas are split."""
         return group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") else group[name]
 
-    def refresh(self, group: dict[str, Any], unit: Unit) -> Refresh | None:
-        """The host's copy of the refresh schedule, for transforms that have one: one graph per decision."""
-        if self.schedule is None:
-            return None
-        known = parameters(self.schedule)
-        options = {k: v for k, v in self.options(group).items() if k in known}
-        if unit.schedule is None or unit.schedule[0] != options:
-            key = next((t for at, t in unit.tensors.items() if at[-2:] == (self.scheduled, "key")), None)
-            double = any(p.dtype == torch.float64 for p in group["params"])
-            dtype = {"dtype": torch.float64 if double else torch.float32} if "dtype" in known else {}
-            unit.schedule = options, self.schedule(**options, **dtype, key=key)
-        return unit.schedule[1]
-
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """The closure's loss."""
         if closure is None:
@@ -203,7 +188,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group), self.check_hyperparameter)
         # Without values (on the meta device) nobody can tell, and nothing is to be refreshed.
-        decisions = [not unit.moving()[0].is_meta and unit.due(self.refresh(group, unit)) for group, unit in work]
+        decisions = [not unit.moving()[0].is_meta and unit.due() for group, unit in work]
         products = self.products(work, decisions)
         moved = self._judge(work, products) if policies != {"propagate"} else {}
         steps = list(zip([unit for _, unit in work], decisions, products, strict=True))

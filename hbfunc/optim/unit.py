@@ -17,9 +17,7 @@ from hbfunc.optim.compiled import Step, Writes, compiled, in_place_step, write
 from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.state import Place, adopt, empty_places, hyper_names, hyper_places, mapped, nested, places
-from hbfunc.transform import Leaves, Transform, compute_dtype
-
-Refresh = Callable[[int], "bool | str"]  # step, from 1 -> what `update(..., refresh=)` is given there
+from hbfunc.transform import Leaves, RefreshSchedule, State, Transform, compute_dtype
 
 
 class Unit:
@@ -69,7 +67,9 @@ class Unit:
         self.names = hyper_names(self.hyper)
         self.tensors = dict(places(state)) | self.hyper | ({} if self.agreed is None else {guard.AGREED: self.agreed})
         self.values: dict[Place, Any] = {}  # of the hyperparameters that are Python numbers, as last written
-        self.schedule: tuple[dict[str, Any], Refresh] | None = None
+        # Of refreshes, and the hyperparameters that it was made for.
+        self.schedule: tuple[dict[Place, Any], RefreshSchedule | None] | None = None
+        self.skeleton: State | None = None  # the state as a schedule sees it
         self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
         self.counted: Callable[[], list[int]] | None = None  # reads them, where steps may be skipped
         self.steps: dict[Any, Step] = {}
@@ -204,8 +204,28 @@ class Unit:
         """Give up the step that was rehearsed."""
         self.forget()
 
-    def due(self, schedule: Refresh | None) -> bool | str | None:
+    def scheduled(self) -> RefreshSchedule | None:
+        """The transform's schedule of refreshes, for the hyperparameters as they are: without waiting for the device,
+        unless the group has tensors of its own for them."""
+        refreshes = self.transform.refreshes
+        if refreshes is None:
+            return None
+        if self.skeleton is None:
+            keys = {place: x.cpu() for place, x in self.tensors.items() if place[-1] == "key"}
+            self.skeleton = nested(self.tensors | keys, self.empty)
+        if self.schedule is None or self.schedule[0] != self.values:
+            for (*above, name), x in self.hyper.items():
+                value = self.values.get((*above, name))
+                node = self.skeleton
+                for key in above:
+                    node = node[key]
+                node[name] = x if value is None else torch.tensor(value, dtype=x.dtype, device="cpu")
+            self.schedule = dict(self.values), refreshes(self.skeleton)
+        return self.schedule[1]
+
+    def due(self) -> bool | str | None:
         """Whether this step refreshes: known here if all parameters are at one count, None to decide in the graph."""
+        schedule = self.scheduled()
         if schedule is None:
             return None
         if not self.counts and any("inner" in place for place in self.tensors):

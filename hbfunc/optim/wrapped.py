@@ -21,7 +21,7 @@ from hbfunc.optim.shim import trainable
 from hbfunc.optim.state import Place, hyper_names, hyper_places
 from hbfunc.recipes.first_order import adamw
 from hbfunc.recipes.partitioned import ENDS, Exclude, chooses_matrices
-from hbfunc.transform import Leaves, State, Transform, check_number, inner_layout, transform
+from hbfunc.transform import Leaves, State, Transform, check_number, wrap
 
 
 class FromTransform(WithCurvature):
@@ -156,8 +156,7 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
             updates = {k: u * lr for k, u in updates.items()}
         return updates, {"inner": _replaced(after, rates)}
 
-    places = inner_layout(inner)
-    return transform(init, update, inner.name, inner.needs, places, inner.elementwise, inner.leafwise)
+    return wrap(inner, init, update)
 
 
 def _replaced(state: State, values: dict[Place, Tensor], at: Place = ()) -> State:

@@ -55,12 +55,11 @@ def around(
     caution_scaling: bool,
     seed: int | Tensor,
     storage_dtype: str = "float32",
-    hold_first: bool = False,
     **more: Any,
 ) -> Transform:
     """The recipe around the rule `scale_by(beta1, beta2, eps, **more)`; `more` becomes hyperparameters and choices.
 
-    hold_first: the rule's first step moves nothing, so neither does weight decay.
+    Where the rule's first step moves nothing, neither does weight decay.
     """
     check_flags(mars=mars, caution=caution, palm=palm, caution_scaling=caution_scaling)
 
@@ -74,12 +73,13 @@ def around(
         beta2_scale: Any,
         **more: Any,
     ) -> Transform:
+        scaled = scale_by(beta1, palm_beta2(beta2_scale) if palm else beta2, eps, **more)
         return with_storage(
             chain(
                 *before(mars, mars_gamma, beta1, gradient_clipping),
-                scale_by(beta1, palm_beta2(beta2_scale) if palm else beta2, eps, **more),
+                scaled,
                 *after(update_clipping, caution, caution_scaling),
-                add_decayed_weights(after_first(weight_decay) if hold_first else weight_decay),
+                add_decayed_weights(weight_decay if scaled.first_step_moves else after_first(weight_decay)),
                 scale_by_learning_rate(warmup(lr, warmup_steps)),
                 round_to_parameters(seed),
             ),

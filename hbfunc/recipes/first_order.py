@@ -81,7 +81,7 @@ def adopt(
     seed: int | Tensor = 0,
 ) -> Transform:
     """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853). The first step moves nothing, weight decay included."""
-    return around(scale_by_adopt, hold_first=True, **locals())
+    return around(scale_by_adopt, **locals())
 
 
 def rmsprop(

@@ -63,7 +63,7 @@ def _recipe(arguments: dict[str, Any]) -> Transform:
     ) -> Transform:
         return scale_by_soap(beta1, beta2, shampoo_beta, eps, precondition_frequency=precondition_frequency, **choices)
 
-    return around(rule, hold_first=True, **options)
+    return around(rule, **options)
 
 
 _FLAGS = (

@@ -95,7 +95,7 @@ def scale_by_adopt(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tenso
             v[k] = ema(old, u * u, w2[k])
         return m, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
 
-    return transform(two_moments, update, "scale_by_adopt", elementwise=True)
+    return transform(two_moments, update, "scale_by_adopt", elementwise=True)._replace(first_step_moves=False)
 
 
 def two_moments(params: Leaves) -> State:

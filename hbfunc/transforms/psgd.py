@@ -243,8 +243,14 @@ def scale_by_psgd(
                 places.setdefault(field, {})[n] = f.bucket.paths
         return places
 
+    def refreshes(state: State) -> Callable[[int], bool] | None:
+        p = preconditioner_update_probability
+        if not stochastic_schedule or (isinstance(p, Tensor) and p.device.type != "cpu"):
+            return None  # only the state has the sum of all earlier probabilities, or the value
+        return refresh_schedule(p, seed=seed, key=state.get("key"))
+
     rule = transform(init, update, "scale_by_psgd", ("grads", "refresh", "curvature"), layout, leafwise=True)
-    return on_owners(rule, params=False, grads=not momentum_into_precond_update)
+    return on_owners(rule._replace(refreshes=refreshes), params=False, grads=not momentum_into_precond_update)
 
 
 class Factors(NamedTuple):
@@ -318,19 +324,14 @@ def refresh_schedule(
         updates, state = tx.update(state, grads, params, refresh=due(t))
     """
     p = update_probability if preconditioner_update_probability is None else preconditioner_update_probability
-    key = (random.key(seed) if key is None else key).cpu()
-    constant = 0.0 if callable(p) else float(torch.as_tensor(p, dtype=dtype))
+    constant = 0.0 if callable(p) else float(torch.as_tensor(p, dtype=p.dtype if isinstance(p, Tensor) else dtype))
 
     def probability(t: int) -> float:
-        return float(p(torch.tensor(float(t), dtype=torch.float64))) if callable(p) else constant
+        return float(p(torch.tensor(float(t), dtype=torch.float64, device="cpu"))) if callable(p) else constant
 
     if stochastic_schedule:
-
-        @lru_cache(maxsize=2)
-        def draws(block: int) -> list[float]:
-            return _draws(key, torch.arange(1024) + 1024 * block)[0][:, 0].tolist()
-
-        return lambda t: draws(t // 1024)[t % 1024] < probability(t)
+        first, second = (random.key(seed) if key is None else key).tolist()
+        return lambda t: _drawn(first, second, t // 1024)[t % 1024] < probability(t)
 
     last = [(0, 0.0, False)]  # the last step asked for: t, progress, due
 
@@ -345,6 +346,13 @@ def refresh_schedule(
         return now
 
     return due
+
+
+@lru_cache(maxsize=8)
+def _drawn(first: int, second: int, block: int) -> list[float]:
+    """The draws of 1024 steps, by the key (first, second)."""
+    with torch.device("cpu"):
+        return _draws(torch.tensor([first, second]), torch.arange(1024) + 1024 * block)[0][:, 0].tolist()
 
 
 def probe(key: Tensor, t: int, path: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ from hbfunc.transform import (
     Flat,
     Layout,
     Leaves,
+    RefreshSchedule,
     State,
     Transform,
     check_choice,
@@ -39,7 +40,6 @@ from hbfunc.transform import (
 )
 from hbfunc.transforms.adaptive import check_adam, denominator, ema
 
-Refresh = bool | str | None
 Stacks = dict[str, Tensor]  # of one bucket: exp_avg and exp_avg_sq [k, *shape], GG_d and Q_d [k, n, n] of some modes d
 
 
@@ -126,7 +126,7 @@ def scale_by_soap(
         return state
 
     def update(
-        state: State, updates: dict[str, Tensor], params: Leaves, *, refresh: Refresh = None
+        state: State, updates: dict[str, Tensor], params: Leaves, *, refresh: bool | str | None = None
     ) -> tuple[dict[str, Tensor], State]:
         if not (refresh is None or isinstance(refresh, bool) or refresh == "first"):
             raise ValueError(f"refresh={refresh!r}: expected None, True, False or 'first'")
@@ -175,8 +175,16 @@ def scale_by_soap(
                 places.setdefault(key, {})[name] = bucket.paths
         return places
 
+    def refreshes(state: State) -> RefreshSchedule | None:
+        frequency = precondition_frequency
+        if isinstance(frequency, Tensor):
+            if frequency.device.type != "cpu":
+                return None  # its value is not known here
+            frequency = int(frequency)
+        return refresh_schedule(frequency, use_precond_schedule, precond_scheduler, seed, state.get("key"))
+
     rule = transform(init, update, "scale_by_soap", ("refresh",), layout, leafwise=True)
-    return on_owners(rule, params=False)
+    return on_owners(rule._replace(refreshes=refreshes, first_step_moves=False), params=False)
 
 
 def refresh_probability(t: Tensor, power: float = 1 / 3, base: float = 9) -> Tensor:
@@ -198,14 +206,18 @@ def refresh_schedule(
         due = refresh_schedule(precondition_frequency=10)
         updates, state = tx.update(state, grads, params, refresh=due(t))
     """
-    due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None)
-    key = (random.key(seed) if key is None else key).cpu()
+    if not use_precond_schedule:
+        return lambda t: "first" if t == 1 else t % precondition_frequency == 0
+    first, second = (random.key(seed) if key is None else key).tolist()
+    power, base = precond_scheduler
+    return lambda t: "first" if t == 1 else _drawn(first, second, power, base, t - t % 256)[t % 256]
 
-    @lru_cache(maxsize=2)
-    def decisions(start: int) -> list[bool]:
-        return due(torch.arange(start, start + 256), key).tolist()
 
-    return lambda t: "first" if t == 1 else decisions(t - t % 256)[t % 256]
+@lru_cache(maxsize=8)
+def _drawn(first: int, second: int, power: float, base: float, start: int) -> list[bool]:
+    """Which of the 256 steps from `start` on are due, by the key (first, second)."""
+    with torch.device("cpu"):
+        return _due(1, (power, base))(torch.arange(start, start + 256), torch.tensor([first, second])).tolist()
 
 
 def _due(frequency: int | Tensor, scheduler: Sequence[float] | None) -> Callable[[Tensor, Any], Tensor]:
