@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ EMA = ("ema", "ema_count")  # entries of `state[p]` that belong to the class, no
 _FUNCTION = "function "  # what state dicts have in place of one: this and its name
 _COUNTS = ("count", "ema_count", *COUNTERS)
 _MOST = 2**62
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in names, of no layer
 
 
 class Held:
@@ -44,7 +46,79 @@ def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
             raise TypeError(f"state_dict['state'][{p!r}] is {type(entries).__name__}, expected a dict of tensors")
         held[p] = {k: Held(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
     _check_values(state_dict)
-    return {**state_dict, "state": held}
+    groups = by_name(optimizer.param_groups, state_dict["param_groups"])
+    return {**state_dict, "state": held, "param_groups": groups}
+
+
+def by_name(mine: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The param groups of a state dict with the optimizer's parameters in each, in its order, where both have names.
+
+    Names are the same if they are but for what torch.compile, DDP, FSDP and activation checkpointing put into them. A
+    group has the options of the one with the same parameters or, where some group has no such, of the one in its place.
+    Raises ValueError naming what only one of the two has.
+    """
+    ids = [list(group["params"]) for group in loaded]
+    # Those of torch.distributed.checkpoint, whose "param_names" may be in another order, are names themselves.
+    by_id = all(isinstance(p, str) for group in ids for p in group)
+    theirs = ids if by_id else _names(loaded)
+    own = _names(mine)
+    if own is None or theirs is None or len(mine) != len(loaded):
+        return loaded
+    every, other = list(chain(*own)), list(chain(*theirs))
+    found = _matched(every, other)
+    if found is None:
+        if by_id:
+            return loaded
+        raise ValueError(_difference(every, other))
+    of = dict(zip(other, chain(*ids), strict=True))
+    params = [[of[found[name]] for name in names] for names in own]
+    sources = {frozenset(group["params"]): group for group in loaded}
+    alike = [sources[frozenset(group)] for group in params if frozenset(group) in sources]
+    groups = alike if len(alike) == len(sources) == len(loaded) else loaded
+    return [{**group, "params": listed} for group, listed in zip(groups, params, strict=True)]
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]] | None:
+    """The names of the parameters of each group, or None where a parameter has none."""
+    found = []
+    for i, group in enumerate(groups):
+        names, count = group.get("param_names"), len(group["params"])
+        if names is None and count:
+            return None
+        names = names or []
+        if not isinstance(names, (list, tuple)) or len(names) != count or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"param_groups[{i}]['param_names'] is {names!r}, expected {count} strings, as in 'params'")
+        found.append(list(names))
+    return found
+
+
+def _matched(mine: list[str], theirs: list[str]) -> dict[str, str] | None:
+    """For each of my names, the same one of theirs; None where there is no one-to-one."""
+    for plain in (str, _unwrapped):
+        own, other = {plain(name): name for name in mine}, {plain(name): name for name in theirs}
+        if own.keys() == other.keys() and len(own) == len(mine) == len(theirs):
+            return {own[name]: other[name] for name in own}
+    return None
+
+
+def _unwrapped(name: str) -> str:
+    """A name without what wrappers put into it: "layer.weight" of "module._orig_mod.layer.weight"."""
+    *path, last = name.split(".")
+    return ".".join([*(part for part in path if part not in _WRAPPERS), last])
+
+
+def _difference(mine: list[str], theirs: list[str]) -> str:
+    own, other = ({_unwrapped(name): name for name in names} for names in (mine, theirs))
+    missing = [repr(own[name]) for name in own if name not in other]
+    unexpected = [repr(other[name]) for name in other if name not in own]
+    lacks = f"lack {_listed(missing)}" if missing else ""
+    has = f"have an unexpected {_listed(unexpected)}" if unexpected else ""
+    what = " and ".join(filter(None, (lacks, has))) or "have names that differ in wrappers' parts only"
+    return f"state_dict['param_groups'] {what}: expected the names of the optimizer's parameters, in any order"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _check_values(state_dict: Mapping[str, Any]) -> None:
@@ -108,11 +182,13 @@ def average_dtype(p: Tensor) -> torch.dtype:
 
 
 def merged(mine: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A param group after loading. What the checkpoint does not hold (options newer than it) stays as it is here."""
+    """A param group after loading. What the checkpoint does not hold (options newer than it) stays as it is here, and
+    so do the names, which decide what a rule does with a parameter and what is drawn for it."""
     rule, expected = loaded.get("rule", mine.get("rule")), mine.get("rule")
     if rule != expected:
         raise ValueError(f"{where} is of {rule!r}, expected {expected!r}")
-    options = {k: _restored(v, mine.get(k), f"{where}[{k!r}]") for k, v in loaded.items() if k != "params"}
+    kept = ("params", "param_names")
+    options = {k: _restored(v, mine.get(k), f"{where}[{k!r}]") for k, v in loaded.items() if k not in kept}
     return {**mine, **options, "params": loaded["params"]}
 
 

@@ -458,8 +458,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """As torch.optim's, but state keeps its dtype (float32 moments of bfloat16 parameters), options that the
         checkpoint does not have stay as they are here, and so does a function that it only knows by name.
 
-        Raises ValueError or TypeError for a state dict that does not fit, of another class, shape or key, and leaves
-        the optimizer as it was.
+        Where the optimizer and the checkpoint both have names of parameters (`named_parameters()`), these say what
+        belongs to which, in whatever order and group; "_orig_mod.", "module.", "_fsdp_wrapped_module." and
+        "_checkpoint_wrapped_module." in them do not count. Otherwise the order does. The optimizer keeps its own names.
+
+        Raises ValueError or TypeError for a state dict that does not fit, of another class, shape, key or name, and
+        leaves the optimizer as it was.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict is {type(state_dict).__name__}, expected a dict")
