@@ -4,9 +4,10 @@
     optimizer = hbfunc.SOAP(model.parameters(), ...)          # the class and options of the old optimizer
     optimizer.load_state_dict(hbfunc.convert.from_heavyball(state, model.parameters()))
 
-Where both compute the same, a run goes on as it would have: AdamW, RMSprop, LaProp, ADOPT, Schedule-Free AdamW and SOAP
-to rounding (warmup, PaLM's beta2 and MARS differ, see the migration page), Muon with hbfunc's orthogonalisation, and
-PSGD-Kron with hbfunc's fit of the factors, from the factors that were reached.
+Where both compute the same, a run goes on as it would have: AdamW, RMSprop, LaProp, Schedule-Free AdamW and SOAP to
+rounding (warmup, PaLM's beta2 and MARS differ, see the migration page), Muon with hbfunc's orthogonalisation, ADOPT
+with the clip and the plain momentum of its authors' code, and PSGD-Kron with hbfunc's fit of the factors, from the
+factors that were reached.
 """
 
 from __future__ import annotations
@@ -193,6 +194,8 @@ def _converted(
         if kind in ("Q", "GG", "cache") and mode.isdigit():
             return _factor(held[k], kind, int(mode), options.get("store_triu_as_line", True))
         x = held[k].get(source.entries.get(name, ""))
+        if x is not None and name == "exp_avg" and source.rule == "adopt":  # debiased there, from its second step on
+            return x * (1 - group["betas"][0] ** max(int(steps) - 1, 0))
         return x if name != "momentum" or x is None else _sum_of_gradients(source, x, int(steps), group["betas"][0])
 
     converted: dict[int, Entries] = {}

@@ -257,17 +257,25 @@ def adopt(
     eps: float = 1e-8,
     palm: bool = False,
     beta2_scale: float = 0.8,
+    clip_exp: float | None = 0.25,
+    debias: bool = True,
     **options: Any,
 ) -> list[Params]:
-    """ADOPT (Taniguchi et al. 2024): normalise by the old v, then update v. PaLM's t is the step's, 1 at v = u^2."""
+    """ADOPT (Taniguchi et al. 2024), as in the authors' code since the clip: normalise by the old v, clip, average.
+
+    m is plain, from 0. Without the clip, entries whose v is 0 add nothing. PaLM's t is the step's, 1 at v = u^2.
+    """
 
     def rule(u: Array, s: State) -> Array | None:
         t = s["t"]
         if t == 1:
             s["v"] = u * u
             return None
-        m = ema(s, "m", np.where(s["v"] == 0, 0.0, u / D(s["v"], eps)), b(betas[0], t - 1))
-        ema(s, "v", u * u, second(betas[1], t, palm, beta2_scale))
+        n = u / np.maximum(D(s["v"], eps), 1e-150)
+        bound = math.inf if clip_exp is None else (t - 1) ** clip_exp
+        n = np.where(s["v"] == 0, 0.0, n) if clip_exp is None else np.clip(n, -bound, bound)
+        m = ema(s, "m", n, betas[0])
+        ema(s, "v", u * u, second(betas[1], t, palm, beta2_scale) if debias or palm else betas[1])
         return m
 
     return run(params, grads, rule, lr, betas[0], **options)

@@ -79,8 +79,9 @@ def test_sfadamw_is_schedulefrees(more: dict[str, Any]) -> None:
     assert_close([x], [optimizer.param_groups[0]["params"][0].detach()])
 
 
+@pytest.mark.parametrize("clip_exp", [0.25, None])
 @pytest.mark.parametrize("C", [3, pytest.param(10, marks=pytest.mark.thorough)])
-def test_adam_and_adopt_end_on_opposite_sides_of_reddis_problem(C: int) -> None:
+def test_adam_and_adopt_end_on_opposite_sides_of_reddis_problem(C: int, clip_exp: float | None) -> None:
     """Reddi et al. 2018, section 3: f_t(x) = C x every third step, else -x, on [-1, 1]. The optimum is -1."""
 
     def end(tx: hbfunc.Transform) -> float:
@@ -94,7 +95,7 @@ def test_adam_and_adopt_end_on_opposite_sides_of_reddis_problem(C: int) -> None:
 
     hyper: dict[str, Any] = {"lr": lambda t: 0.1 / t**0.5, "betas": (0.0, 1 / (1 + C * C))}
     assert end(hbfunc.adamw(**hyper)) > 0.99
-    assert end(hbfunc.adopt(**hyper)) == pytest.approx(-0.999, abs=1e-3)
+    assert end(hbfunc.adopt(**hyper, clip_exp=clip_exp)) == pytest.approx(-0.999, abs=1e-3)
 
 
 def test_adopt_is_not_sgd() -> None:
@@ -160,13 +161,6 @@ def test_adopts_first_step_moves_nothing() -> None:
     assert torch.equal(p, draw(4, 3))
     assert torch.equal(state["scale_by_adopt"]["exp_avg_sq"]["param"], GRADS[0] ** 2)
     assert not state["scale_by_adopt"]["exp_avg"]["param"].any()
-
-
-def test_adopt_passes_over_elements_without_a_second_moment() -> None:
-    """A head that starts at zero has gradients of zero at first: the literal rule throws it by u / eps."""
-    g1, g2 = torch.tensor([0.0, 2.0], dtype=F64), torch.tensor([5.0, 1.0], dtype=F64)
-    (_, p), _ = train(hbfunc.adopt(1.0, betas=(0.5, 0.75)), torch.zeros(2, dtype=F64), [g1, g2])
-    assert torch.equal(p, torch.tensor([0.0, -0.5], dtype=F64))
 
 
 @pytest.mark.parametrize("name", ["adamw", "laprop", "rmsprop"])

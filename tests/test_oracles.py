@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import schedulefree
 import torch
 
 Array = O.Array
+ADOPT = torch.load(Path(__file__).parent / "data/torch_adopt_0.1.0.pt", weights_only=True)
 RNG_SHAPES = {"w": (4, 4), "k": (3, 2, 3), "v": (5,), "s": ()}
 
 
@@ -92,14 +94,15 @@ def test_muon_is_torchs_up_to_its_bfloat16() -> None:
 # -- closed forms ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("clip_exp", [0.25, None])
 @pytest.mark.parametrize("C", [3, 10])
-def test_reddis_problem_separates_adam_from_adopt(C: int) -> None:
+def test_reddis_problem_separates_adam_from_adopt(C: int, clip_exp: float | None) -> None:
     grads = [{"x": np.array(float(C) if t % 3 == 1 else -1.0)} for t in range(1, 6001)]
     hyper: dict[str, Any] = {"lr": lambda t: 0.1 / np.sqrt(t), "betas": (0.0, 1 / (1 + C * C))}
     hyper["project"] = lambda x: np.clip(x, -1, 1)
     start = {"x": np.array(0.0)}
     assert O.adamw(start, grads, **hyper)[-1]["x"] > 0.99
-    assert O.adopt(start, grads, **hyper)[-1]["x"] == pytest.approx(-0.999, abs=1e-3)
+    assert O.adopt(start, grads, **hyper, clip_exp=clip_exp)[-1]["x"] == pytest.approx(-0.999, abs=1e-3)
 
 
 def test_schedule_free_averages_z() -> None:
@@ -121,19 +124,33 @@ def test_first_steps_by_hand() -> None:
     la = O.laprop(p, grads, **hyper)
     close([r["w"] for r in la], [first, first * 0.95 - 0.1 * (0.9 * np.sign(g1) + g2 / np.sqrt(v2)) / 1.9])
     ad = O.adopt(p, grads, **hyper)
-    close([r["w"] for r in ad], [p0, p0 * 0.95 - 0.1 * g2 / np.abs(g1)])
+    close([r["w"] for r in ad], [p0, p0 * 0.95 - 0.1 * 0.1 * np.array([-1.0, 0.5])])  # g2 / |g1| is -2, clipped at 1
     heavy = O.muon(p, grads, nesterov=False, **hyper)
     close([r["w"] for r in heavy], [p0 * 0.95 - 0.1 * g1, (p0 * 0.95 - 0.1 * g1) * 0.95 - 0.1 * (0.9 * g1 + g2)])
     nesterov = O.muon(p, grads[:1], **hyper)
     close(nesterov[0]["w"], p0 * 0.95 - 0.1 * 1.9 * g1)
 
 
-def test_adopt_ignores_elements_without_a_second_moment() -> None:
+def test_adopt_by_hand_where_there_is_no_second_moment() -> None:
     g1, g2, g3 = np.array([0.0, 2.0]), np.array([5.0, 1.0]), np.array([1.0, 1.0])
-    got = O.adopt({"w": np.zeros(2)}, [{"w": g} for g in (g1, g2, g3)], lr=1.0, betas=(0.5, 0.75))
-    close(got[1]["w"], [0, -1 / 2])
+    p, grads = {"w": np.zeros(2)}, [{"w": g} for g in (g1, g2, g3)]
     v = (0.75 * g1**2 + g2**2) / 1.75  # debiased as of t = 2
-    close(got[2]["w"], got[1]["w"] - (0.5 * np.array([0, 1 / 2]) + g3 / np.sqrt(v)) / 1.5)
+    for clip_exp, first in ((None, 0.0), (0.25, 1.0)):
+        got = O.adopt(p, grads, lr=1.0, betas=(0.5, 0.75), clip_exp=clip_exp)
+        m = 0.5 * np.array([first, 1 / 2])
+        close(got[1]["w"], -m)
+        close(got[2]["w"], got[1]["w"] - 0.5 * (m + g3 / np.sqrt(v)))
+
+
+@pytest.mark.parametrize("case", ADOPT)
+def test_adopt_without_debiasing_is_its_authors(case: str) -> None:
+    record = ADOPT[case]
+    hyper: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.9999), "eps": 1e-6, **record["options"]}
+    hyper.pop("decouple", None)
+    grads = [{"w": g.numpy()} for g in record["grads"]]
+    clip_exp = None if case == "no clip" else 0.25
+    got = O.adopt({"w": record["start"].numpy()}, grads, **hyper, debias=False, clip_exp=clip_exp)
+    close([p["w"] for p in got], record["after"].numpy())
 
 
 def test_schedule_free_by_hand() -> None:

@@ -173,8 +173,9 @@ def scale_by_laprop(group: Group) -> Transform:
 
 @Face
 def scale_by_adopt(group: Group) -> Transform:
-    """ADOPT, with betas and eps."""
-    return adaptive.scale_by_adopt(**_given(group, "beta1", "beta2", "eps"))
+    """ADOPT, with betas, eps, clip_exp and debias."""
+    given = _given(group, "beta1", "beta2", "eps", "debias")
+    return adaptive.scale_by_adopt(**given, clip_exp=group.get("clip_exp", 0.25))  # None means no clip
 
 
 @Face

@@ -13,7 +13,7 @@ from hbfunc.transforms.schedule_free import schedule_free_eval_params, schedule_
 
 
 class Moments(StatefulOptimizer):
-    """The signature that AdamW, ADOPT, LaProp and MuonLaProp share."""
+    """The signature that AdamW, LaProp and MuonLaProp share."""
 
     def __init__(
         self,
@@ -51,10 +51,35 @@ class ForeachAdamW(Moments):
     recipe = staticmethod(recipes.adamw)
 
 
-class ForeachADOPT(Moments):
-    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853)."""
+class ForeachADOPT(StatefulOptimizer):
+    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853), clipped as in its authors' code; see `hbfunc.adopt`."""
 
     recipe = staticmethod(recipes.adopt)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.0025,
+        betas: Any = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        foreach: bool = True,
+        storage_dtype: str = "float32",
+        mars: bool = False,
+        caution: bool = False,
+        mars_gamma: float = 0.0025,
+        gradient_clipping: Any = use_default,
+        update_clipping: Any = use_default,
+        palm: Any = use_default,
+        beta2_scale: float = 0.8,
+        *,
+        clip_exp: float | None = 0.25,
+        debias: bool = True,
+        seed: int | None = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        super().__init__(**arguments(locals()))
 
 
 class ForeachLaProp(Moments):

@@ -32,6 +32,7 @@ _SCHEDULES = (
 _INF = float("inf")
 _RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     **dict.fromkeys(("lr", "eps", "weight_decay", "mars_gamma", "beta2_scale", "precond_lr"), (0, _INF, False, True)),
+    "clip_exp": (0, _INF, False, True),
     **dict.fromkeys(("beta", "beta1", "beta2", "shampoo_beta"), (0, 1, False, True)),
     "precond_init_scale": (0, _INF, True, True),
     "preconditioner_update_probability": (0, 1, False, False),

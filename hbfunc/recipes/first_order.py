@@ -77,10 +77,17 @@ def adopt(
     palm: bool = False,
     beta2_scale: float | Tensor = 0.8,
     *,
+    clip_exp: float | Tensor | None = 0.25,
+    debias: bool = True,
     caution_scaling: bool = True,
     seed: int | Tensor = 0,
 ) -> Transform:
-    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853). The first step moves nothing, weight decay included."""
+    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853). The first step moves nothing, weight decay included.
+
+    clip_exp: the normalised gradient is clipped to +-(t - 1)^clip_exp, as in the authors' code; None does not clip.
+    debias: False keeps v plain from v = u_1^2, as the authors' code does.
+    """
+    clip_exp = None if clip_exp is None else number("clip_exp", clip_exp)
     return around(scale_by_adopt, **locals())
 
 

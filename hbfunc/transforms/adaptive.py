@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
+from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transform import Leaves, State, Transform, check_number, in_dtype_of, kept, transform, zeros
 
 
@@ -74,24 +74,43 @@ def scale_by_laprop(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tens
     return transform(two_moments, update, "scale_by_laprop", elementwise=True)
 
 
-def scale_by_adopt(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
-    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853, algorithm 2): normalise by the *previous* v, then average.
+def scale_by_adopt(
+    beta1: Number = 0.9,
+    beta2: Number = 0.99,
+    eps: float | Tensor = 1e-8,
+    *,
+    clip_exp: float | Tensor | None = 0.25,
+    debias: bool = True,
+) -> Transform:
+    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853) as its authors have it: normalise by the *previous* v, clip the
+    result to +-(t - 1)^clip_exp, then average it, plainly: m starts at 0 and is not debiased.
 
-    The first step sets v = u^2 and returns zeros. An element whose v is still 0 has had no gradient so far: it adds
-    nothing to m, where the literal rule would add u / eps.
+    The first step sets v = u^2 and returns zeros.
+    clip_exp: None does not clip. Then an element whose v is still 0, one that has had no gradient so far, adds nothing
+        to m, where the rule without the clip would add u / eps.
+    debias: v as a debiased average, or, with False, plain from v = u^2, which is the authors' code number by number.
     """
     check_adam(beta1, beta2, eps)
+    if clip_exp is not None:
+        check_number("clip_exp", clip_exp, 0, float("inf"), open_high=True)
+    if not isinstance(debias, bool):
+        raise TypeError(f"debias={debias!r}: expected True or False")
+
+    def weights(t: Tensor) -> list[Tensor]:
+        first, one = t == 1, torch.ones_like(t)
+        w1 = torch.where(first, 0 * one, one - at(beta1, t))
+        w2 = ema_weight(beta2, t) if debias else torch.where(first, one, one - at(beta2, t))
+        return [w1, w2] if clip_exp is None else [w1, w2, (t - 1).clamp(min=1) ** clip_exp]
 
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
         t = increment(state["count"], updates)
-        w1, w2 = per_leaf(
-            t, updates, lambda t: [torch.where(t > 1, ema_weight(beta1, (t - 1).clamp(min=1)), 0), ema_weight(beta2, t)]
-        )
+        w1, w2, *bounds = per_leaf(t, updates, weights)
         m, v = {}, {}
         for k, u in updates.items():
             old = state["exp_avg_sq"][k]
-            normalised = torch.where(old > 0, u / denominator(old, eps), 0)
-            m[k] = ema(state["exp_avg"][k], normalised, w1[k])
+            x = u / denominator(old, eps)
+            x = torch.clamp(x, -bounds[0][k], bounds[0][k]) if bounds else torch.where(old > 0, x, 0)
+            m[k] = ema(state["exp_avg"][k], x, w1[k])
             v[k] = ema(old, u * u, w2[k])
         return m, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
 
