@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hbfunc.exchange import hold_everywhere, is_sharded, local, placed
 from hbfunc.optim.guard import COUNTERS
+from hbfunc.optim.state import EMA
 from hbfunc.transform import Transform, compute_dtype
 
-EMA = ("ema", "ema_count")  # entries of `state[p]` that belong to the class, not to its transform
 _FUNCTION = "function "  # what state dicts have in place of one: this and its name
 _COUNTS = ("count", "ema_count", *COUNTERS)
 _MOST = 2**62

@@ -21,10 +21,10 @@ from hbfunc import nonfinite, random, utils
 from hbfunc.autocast import in_own_precision
 from hbfunc.exchange import is_sharded, local
 from hbfunc.optim import checkpoint, sharded
-from hbfunc.optim.checkpoint import EMA
 from hbfunc.optim.guard import guarded
 from hbfunc.optim.interrupts import uninterrupted
 from hbfunc.optim.joined import joins
+from hbfunc.optim.state import EMA
 from hbfunc.optim.unit import Unit
 from hbfunc.recipes.common import check_flags, check_value
 from hbfunc.schedules import ema_weight

@@ -16,6 +16,7 @@ from torch import Tensor
 from hbfunc.transform import Layout, State
 
 Place = tuple[str, ...]  # keys from the root of a state to one of its tensors
+EMA = ("ema", "ema_count")  # entries of `state[p]` that belong to the class, not to its transform
 
 
 def places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
@@ -73,8 +74,9 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
     """path -> name -> view: what `optimizer.state[p]` shows.
 
     A tensor is named by the place of its dict without the transforms' names ("exp_avg"), or with them where that is
-    ambiguous ("scale_by_adam_2.exp_avg"). A parameter sees its rows of a stack, and the tensors that it shares with
-    others (a key). What it sees does not depend on which others there are, so checkpoints fit with and without foreach.
+    ambiguous ("scale_by_adam_2.exp_avg"), or where an entry of the class has the name ("transform.ema"). A parameter
+    sees its rows of a stack, and the tensors that it shares with others (a key). What it sees does not depend on which
+    others there are, so checkpoints fit with and without foreach.
     """
     found = located(state, layout, paths)
     owners: dict[tuple[str, str], set[Place]] = {}
@@ -82,7 +84,9 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
         owners.setdefault((path, name[-1]), set()).add(name)
     views: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
     for name, path, view in found:
-        views[path][name[-1] if len(owners[path, name[-1]]) == 1 else ".".join(name)] = view
+        plain = len(owners[path, name[-1]]) == 1 and name[-1] not in EMA
+        full = ("transform", *name) if name[0] in EMA else name
+        views[path][name[-1] if plain else ".".join(full)] = view
     return views
 
 

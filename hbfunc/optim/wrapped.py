@@ -30,7 +30,8 @@ class FromTransform(WithCurvature):
     The hyperparameters in the transform's state are options of the param groups: "lr", "beta1", ...; where several
     transforms inside have some, with their names in front, as in "matrices.lr". Every group has an "lr", for LR
     schedulers to drive: the transform's own, or else, 1 at first, a factor of all its learning rates, or of its updates
-    if it has none. A group may bring a "transform" of its own.
+    if it has none. A group may bring a "transform" of its own. An average inside, of `with_ema`, is called
+    "transform.ema" in `state[p]`, or by its place ("with_ema.ema"): "ema" is the one of `use_ema`.
 
     params: as in torch.optim; `named_parameters()` where the transform looks at paths (`partition`, `masked`).
     foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once.
