@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from hbfunc.transform import (
     flatten,
     in_dtype_of,
     kept,
+    made_steps,
+    parallel,
     transform,
     wrap,
     zeros,
@@ -104,7 +106,8 @@ def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor
         return found
 
     parts = [_restricted(t, label, name)._replace(name=name) for name, t in transforms.items()]
-    return chain(*parts, name="partition")
+    whole = parallel(*parts, name="partition")
+    return whole._replace(steps=True) if all(t.steps is True for t in transforms.values()) else whole
 
 
 def _labels(params: Leaves, labels: Any, what: str) -> dict[str, Any]:
@@ -141,29 +144,40 @@ def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wan
         assert inner.layout is not None
         return inner.layout(select(params))
 
-    return wrap(inner, init, update, inside="", layout=layout if inner.layout else None, elementwise=False)
+    steps = (lambda params: made_steps(inner, select(params))) if inner.steps else False
+    places = layout if inner.layout else None
+    return wrap(inner, init, update, inside="", layout=places, elementwise=False, steps=steps)
 
 
 def cautious(inner: Transform, scale: bool = True) -> Transform:
-    """Cautious updates (Liang et al. 2024, arXiv 2411.16085): `inner`, then `caution`."""
+    """Cautious updates (Liang et al. 2024, arXiv 2411.16085): `inner`, then `caution`.
+
+    Around a recipe it looks at the whole step, weight decay included; `caution=True` of the recipe looks at the rule's
+    part of it.
+    """
     return chain(inner, caution(scale), name=inner.name)
 
 
 def caution(scale: bool = True) -> Transform:
-    """Zero the entries of u whose sign differs from that of the raw gradient; per tensor, multiply the others by
-    numel / max(kept, 1), unless `scale` is False."""
+    """Zero the entries of u whose sign differs from that of the raw gradient, or, behind a learning rate, from that of
+    minus the raw gradient; per tensor, multiply the others by numel / max(kept, 1), unless `scale` is False."""
 
     def update(
-        state: State, updates: dict[str, Tensor], params: Leaves, *, grads: dict[str, Tensor]
+        state: State,
+        updates: dict[str, Tensor],
+        params: Leaves,
+        *,
+        grads: dict[str, Tensor],
+        steps: Collection[str] = (),
     ) -> tuple[dict[str, Tensor], State]:
         new = {}
         for k, u in updates.items():
-            agree = torch.sign(u) == torch.sign(grads[k])
+            agree = torch.sign(u) == torch.sign(-grads[k] if k in steps else grads[k])
             factor = u.numel() / agree.sum(dtype=u.dtype).clamp(min=1) if scale else 1.0
             new[k] = torch.where(agree, u, 0) * factor
         return new, {}
 
-    return transform(lambda params: {}, update, "caution", ("grads",), elementwise=not scale, leafwise=True)
+    return transform(lambda params: {}, update, "caution", ("grads", "steps"), elementwise=not scale, leafwise=True)
 
 
 def mars(inner: Transform, gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9) -> Transform:

@@ -68,7 +68,8 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
 def round_to_parameters(seed: int | Tensor = 0) -> Transform:
     """Last in a chain: changes the updates so that bfloat16 parameters plus updates is the stochastically rounded sum.
 
-    Parameters of other dtypes are left alone, and without bfloat16 ones there is no state.
+    Parameters of other dtypes are left alone, and without bfloat16 ones there is no state. Where something follows in
+    a chain, so does another rounding, and this one does nothing.
     """
 
     def low(params: Flat) -> dict[str, Tensor]:
@@ -77,9 +78,11 @@ def round_to_parameters(seed: int | Tensor = 0) -> Transform:
     def init(params: Leaves) -> State:
         return _keyed(low(params), seed) if low(params) else {}
 
-    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, *, last: bool = True
+    ) -> tuple[dict[str, Tensor], State]:
         mine = {k: u for k, u in updates.items() if k in low(params)}
-        if not mine:
+        if not mine or not last:
             return updates, state
         t = increment(state["count"], mine)
         old = {k: params[k].to(u.dtype) for k, u in mine.items()}
@@ -87,7 +90,9 @@ def round_to_parameters(seed: int | Tensor = 0) -> Transform:
         # The difference of two bfloat16 numbers, so that the sum, rounded to nearest, is the number meant.
         return {**updates, **{k: new[k].to(old[k].dtype) - old[k] for k in mine}}, kept(state, count=t)
 
-    return transform(init, update, "rounding", elementwise=True)
+    return transform(
+        init, update, "rounding", ("last",), elementwise=True, rounding=lambda: round_to_parameters(seed)
+    )
 
 
 def _keyed(params: Flat, seed: int | Tensor) -> State:

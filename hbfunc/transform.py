@@ -39,7 +39,9 @@ class Transform(NamedTuple):
     update: (state, grads, params, **extras) -> (updates, new_state), pure; updates are added to the parameters.
     name: key of its state inside a chain.
     needs: extras it asks the chain for: "grads" (the raw gradients), "refresh" (None, True, False or "first": whether
-        expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product).
+        expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product),
+        "steps" (paths of the leaves whose updates are steps already, see below), "last" (False where something behind
+        may change its updates).
     layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
         down to the stacks, of tuples of paths (one per row). None: the state has no stacks.
     elementwise: in float32 and float64, an entry of an update depends on no other entry, nor on where it is or what its
@@ -51,6 +53,11 @@ class Transform(NamedTuple):
         step t. Of the state it reads keys and hyperparameters only, which may be CPU copies or Python numbers. None,
         or a schedule of None: nobody knows it but the graph.
     first_step_moves: whether the first step moves parameters; False for rules that gather statistics in it.
+    steps: whether it makes directions, which are to be subtracted, into steps, which are to be added: a learning rate
+        with its minus sign does. True, False, or a function of params that gives the paths of the leaves of which it
+        does. What it is given as steps it hands on as steps.
+    rounding: makes a transform that rounds its updates for low-precision parameters, if it ends in one: `chain` puts
+        one behind whatever follows, and this one, which is told by "last", leaves it to that.
     """
 
     init: Callable[..., State]
@@ -62,6 +69,8 @@ class Transform(NamedTuple):
     leafwise: bool = False
     refreshes: Callable[[State], RefreshSchedule | None] | None = None
     first_step_moves: bool = True
+    steps: bool | Callable[[Flat], Collection[str]] = False
+    rounding: Callable[[], Transform] | None = None
 
 
 class Leaves(dict[str, Tensor]):
@@ -177,6 +186,8 @@ def transform(
     layout: Callable[[Flat], Layout] | None = None,
     elementwise: bool = False,
     leafwise: bool = False,
+    steps: bool | Callable[[Flat], Collection[str]] = False,
+    rounding: Callable[[], Transform] | None = None,
 ) -> Transform:
     """A Transform over any tree, from functions over `Leaves`. Inside a chain, where trees are flat, it is free."""
 
@@ -204,7 +215,8 @@ def transform(
         # torch.compile counts its (few) permitted recompilations per code object: without one of their own, the tenth
         # optimizer that a process compiles would fail for the first nine.
         update_tree.__code__ = update_tree.__code__.replace(co_name=f"{name}_update")
-    return Transform(init_tree, update_tree, name, needs, layout, elementwise, leafwise or elementwise)
+    leafwise = leafwise or elementwise
+    return Transform(init_tree, update_tree, name, needs, layout, elementwise, leafwise, steps=steps, rounding=rounding)
 
 
 def wrap(
@@ -246,13 +258,28 @@ def agreed(schedules: Sequence[RefreshSchedule | None]) -> RefreshSchedule | Non
 def chain(*transforms: Transform, name: str = "chain") -> Transform:
     """Feed each transform's updates to the next. The state is a dict keyed by their names (a second one gets "_2").
 
-    A chain is itself a Transform. Raises TypeError when an argument is none.
+    A chain is itself a Transform. It tells its transforms which updates are steps already, so that caution, weight
+    decay and a second learning rate do the right thing behind the first, and sees to it that bfloat16 parameters are
+    rounded last. Raises TypeError for an argument that is not a Transform.
     """
     for t in transforms:
         if not isinstance(t, Transform):
             raise TypeError(f"chain expects transforms, got {t!r}: call the factory, as in chain(scale_by_adam(), ...)")
+    rounding = [t.rounding for t in transforms if t.rounding is not None]
+    if any(t.rounding is not None for t in transforms[:-1]):
+        transforms = (*transforms, rounding[-1]())
+    return _chain(transforms, name)
+
+
+def parallel(*transforms: Transform, name: str) -> Transform:
+    """A chain of transforms of which each has leaves of its own, so that what one makes of them is final."""
+    return _chain(transforms, name, parallel=True)
+
+
+def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -> Transform:
     names = _unique([t.name for t in transforms])
     needs = tuple(sorted({need for t in transforms for need in t.needs}))
+    asked = [any("steps" in t.needs for t in transforms[i:]) for i in range(1, len(transforms) + 1)]  # by those behind
 
     def init(params: Leaves) -> State:
         states = {n: t.init(params) for n, t in zip(names, transforms, strict=True)}
@@ -266,13 +293,19 @@ def chain(*transforms: Transform, name: str = "chain") -> Transform:
         grads: dict[str, Tensor] | None = None,
         refresh: bool | str | None = None,
         curvature: Callable[[Tree], Tree] | None = None,
+        steps: Collection[str] = (),
+        last: bool = True,
     ) -> tuple[dict[str, Tensor], State]:
-        extras = {"grads": updates if grads is None else grads, "refresh": refresh, "curvature": curvature}
+        extras: dict[str, Any] = {"grads": updates if grads is None else grads, "refresh": refresh}
+        extras |= {"curvature": curvature, "steps": steps}
         new = {}
-        for n, t in zip(names, transforms, strict=True):
+        for i, (n, t) in enumerate(zip(names, transforms, strict=True)):
+            extras["last"] = last and (parallel or i == len(transforms) - 1)
             updates, s = t.update(state.get(n, {}), updates, params, **{need: extras[need] for need in t.needs})
             if s:
                 new[n] = s
+            if t.steps and asked[i]:
+                extras["steps"] = {*extras["steps"], *made_steps(t, params)}
         return updates, new
 
     def layout(params: Flat) -> Layout:
@@ -285,9 +318,28 @@ def chain(*transforms: Transform, name: str = "chain") -> Transform:
 
     elementwise, leafwise = all(t.elementwise for t in transforms), all(t.leafwise for t in transforms)
     stacked = any(t.layout for t in transforms)
+    rounding = next((t.rounding for t in reversed(transforms) if t.rounding is not None), None)
     return transform(init, update, name, needs, layout if stacked else None, elementwise, leafwise)._replace(
-        refreshes=refreshes if scheduled else None, first_step_moves=all(t.first_step_moves for t in transforms)
+        refreshes=refreshes if scheduled else None,
+        first_step_moves=all(t.first_step_moves for t in transforms),
+        steps=_any_steps(transforms),
+        rounding=rounding,
     )
+
+
+def made_steps(t: Transform, params: Flat) -> Collection[str]:
+    """Paths of the leaves whose updates a transform makes into steps."""
+    if callable(t.steps):
+        return t.steps(params)
+    return params.keys() if t.steps else ()
+
+
+def _any_steps(transforms: Sequence[Transform]) -> bool | Callable[[Flat], Collection[str]]:
+    """`Transform.steps` of several, one after the other."""
+    if any(t.steps is True for t in transforms):
+        return True
+    some = [t for t in transforms if t.steps]
+    return (lambda params: {k for t in some for k in made_steps(t, params)}) if some else False
 
 
 def _unique(names: list[str]) -> list[str]:

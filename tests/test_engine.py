@@ -239,7 +239,7 @@ def test_chain_hands_the_raw_gradients_over_however_deep() -> None:
     p, g = {"w": t(1, 1, 1)}, {"w": t(1, -2, 3)}
     flip = hbfunc.stateless("flip", lambda u: u * t(1, 1, -1))
     tx = hbfunc.chain(flip, hbfunc.chain(flip, flip, hbfunc.chain(hbfunc.caution(scale=False))))
-    assert tx.needs == ("grads",)
+    assert tx.needs == ("grads", "steps")
     updates, _ = tx.update(tx.init(p), g, p)
     assert torch.equal(updates["w"], t(1, -2, 0))
 

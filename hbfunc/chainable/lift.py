@@ -319,7 +319,9 @@ def _applied(inner: Transform, run: Run) -> Transform:
         run.skipped.update({k: torch.ones((), dtype=torch.bool, device=u.device) for k, u in updates.items()})
         return updates, state
 
-    return wrap(inner, inner.init, update, inside="", elementwise=False)
+    # What it hands on are directions still, and it moves the parameters itself, last or not.
+    needs = tuple(need for need in inner.needs if need != "last")
+    return wrap(inner, inner.init, update, inside="", needs=needs, elementwise=False, steps=False, rounding=None)
 
 
 def _with_palm(run: Run) -> Transform:

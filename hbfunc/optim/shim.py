@@ -55,7 +55,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     gradient, and clears the gradients. `state[p]` shows the state in plain tensors, views of the transform's own.
 
     params, defaults: as in torch.optim.Optimizer; a value `use_default` becomes the class attribute of that name.
-    foreach: False steps parameter by parameter, with the same numbers.
+    foreach: False steps parameter by parameter, with the same numbers, unless a clipping function or transform looks at
+        several tensors at once: it is given those that step together.
     nonfinite: an option of every group (in `defaults`), for gradients with an inf or a NaN.
         "propagate": as in torch.optim, they spoil their parameter and its state.
         "skip": the step of all groups that say "skip", if any of their gradients is not finite (or a Hessian-vector

@@ -34,7 +34,8 @@ class FromTransform(WithCurvature):
     "transform.ema" in `state[p]`, or by its place ("with_ema.ema"): "ema" is the one of `use_ema`.
 
     params: as in torch.optim; `named_parameters()` where the transform looks at paths (`partition`, `masked`).
-    foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once.
+    foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once: a norm
+        over all leaves is that of a param group's on one device, or of one parameter for foreach=False.
     curvature: for a transform that wants Hessian-vector products; see `step`.
     nonfinite: "propagate", "skip", "skip_leaf" or "raise", see `StatefulOptimizer`.
     Raises TypeError for a transform that is none.
@@ -142,14 +143,25 @@ def with_lr(inner: Transform) -> Transform:
 
 
 def _times(inner: Transform, lr: float | Tensor) -> Transform:
+    # A factor of the updates comes before the rounding of bfloat16 parameters.
+    last = None if inner.rounding is None else inner.rounding()
+
     def init(params: Leaves) -> State:
-        return {"inner": inner.init(params)}
+        state = {"inner": inner.init(params)}
+        if last is not None and not _rates(state["inner"]):
+            state["rounding"] = last.init(params)
+        return state if state.get("rounding") else {"inner": state["inner"]}
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
         before = state["inner"]
-        rates = {place: x for place, x in hyper_places(before) if place[-1] == "lr"}
+        rates = _rates(before)
+        if last is not None and not rates:
+            updates, after = inner.update(before, updates, params, **{**extras, "last": False})
+            moved = {k: u * lr for k, u in updates.items()}
+            updates, rounding = last.update(state.get("rounding", {}), moved, params, last=extras.get("last", True))
+            return updates, {"inner": after, "rounding": rounding} if rounding else {"inner": after}
         updates, after = inner.update(
             _replaced(before, {place: x * lr for place, x in rates.items()}), updates, params, **extras
         )
@@ -158,6 +170,10 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
         return updates, {"inner": _replaced(after, rates)}
 
     return wrap(inner, init, update)
+
+
+def _rates(state: State) -> dict[Place, Tensor]:
+    return {place: x for place, x in hyper_places(state) if place[-1] == "lr"}
 
 
 def _replaced(state: State, values: dict[Place, Tensor], at: Place = ()) -> State:

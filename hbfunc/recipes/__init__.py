@@ -14,6 +14,7 @@ Arguments that all recipes share:
     mars, mars_gamma: variance-reduced gradients. caution: drop the updates that go against the gradient;
     caution_scaling=False does not rescale the others.
     gradient_clipping, update_clipping: a documented name, a pure function of a list of tensors, a Transform, or None.
+    `clip_by` says which tensors a function is given.
     palm, beta2_scale: beta2 = 1 - t^(-beta2_scale).
     seed: of the random draws (an int, or an integer tensor under vmap); the key is in the state.
 """

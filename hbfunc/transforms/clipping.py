@@ -93,7 +93,14 @@ BY_NAME: dict[str, Callable[[], Transform]] = {
 
 def clip_by(rule: str | Clip | Transform | None, argument: str = "gradient_clipping") -> Transform:
     """The clipping transform for what `gradient_clipping` and `update_clipping` accept: a documented name, a pure
-    function of a list of tensors, a transform, or None for no clipping. Raises ValueError listing the known names.
+    function of a list of tensors, a transform, or None for no clipping.
+
+    A function is given the tensors that step together, those of them that have a gradient now, and is not called when
+    there are none. In a class these are the tensors of a param group on one device, or one at a time for foreach=False;
+    in a `partition`, those of the part. So a norm over all that it is given is the norm of the model only where one
+    group, one part and one device hold the model.
+    Raises ValueError listing the known names, and TypeError or ValueError for what a function returns that is not a
+    list of tensors of the shapes it was given.
     """
     if rule is None:
         return identity()
@@ -108,12 +115,20 @@ def clip_by(rule: str | Clip | Transform | None, argument: str = "gradient_clipp
 
 def _by_function(rule: Clip, argument: str) -> Transform:
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+        if not updates:
+            return updates, {}
         # Clones, because a function in the documented style may work in place.
         clipped = rule([u.clone() for u in updates.values()])
         if not isinstance(clipped, (list, tuple)) or len(clipped) != len(updates):
             raise TypeError(
                 f"{argument}: expected the function to return a list of {len(updates)} tensors, got {clipped!r}"
             )
+        for (k, u), x in zip(updates.items(), clipped, strict=True):
+            if not isinstance(x, Tensor) or x.shape != u.shape:
+                got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+                raise ValueError(
+                    f"{argument}: the function returned {got} for params[{k!r}], expected a tensor of {tuple(u.shape)}"
+                )
         return dict(zip(updates, clipped, strict=True)), {}
 
     return transform(lambda params: {}, update, argument)

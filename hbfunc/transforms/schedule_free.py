@@ -7,7 +7,7 @@ The parameters hold y, where gradients are taken. The state holds z, the base se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ def schedule_free(
 
     w = |lr|^weight_lr_power * max(t, 1)^r; W += w; c = w / W
     y <- lerp(y, z, c) + u * lr * (beta1 * (1 - c) - 1); z <- z - lr * u; z_0 = p_0
+
+    Behind a learning rate u is minus the step that it is given. Whatever changes the updates behind this moves y alone.
     """
     check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
     check_number("beta1", beta1, 0, 1, open_low=True, open_high=True)
@@ -50,9 +52,12 @@ def schedule_free(
             "z": {k: p.to(compute_dtype(p), copy=True) for k, p in params.items()},
         }
 
-    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, *, steps: Collection[str] = ()
+    ) -> tuple[dict[str, Tensor], State]:
         if not updates:
             return {}, state
+        updates = {k: -u if k in steps else u for k, u in updates.items()}
         t = increment(state["count"], updates)
         device = next(iter(t.values())).device
         single = torch.tensor([u.dtype != torch.float64 for u in updates.values()], device=device)
@@ -77,7 +82,7 @@ def schedule_free(
         sums = [{k: x.clone() for k, x in part.items()} for part in sums]  # they were views of one tensor
         return step, kept(state, count=t, z=z, **dict(zip(parts, sums, strict=True)))
 
-    return transform(init, update, "schedule_free", elementwise=True)
+    return transform(init, update, "schedule_free", ("steps",), elementwise=True, steps=True)
 
 
 def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
@@ -11,28 +11,40 @@ from hbfunc.transform import Leaves, State, Transform, check_number, compute_dty
 
 
 def add_decayed_weights(weight_decay: Number = 0.0) -> Transform:
-    """u + weight_decay * p. Before `scale_by_learning_rate` this is decoupled decay (Loshchilov & Hutter 2019)."""
+    """u + weight_decay * p. Before `scale_by_learning_rate` this is decoupled decay (Loshchilov & Hutter 2019).
+
+    Behind it, where u is a step: u - weight_decay * p, whatever the learning rate.
+    """
     check_number("weight_decay", weight_decay, 0, float("inf"), open_high=True)
-    return _scaled("add_decayed_weights", weight_decay, lambda u, p, decay: u + decay * p.to(compute_dtype(p)))
+
+    def decayed(u: Tensor, p: Tensor, decay: Tensor | float, is_step: bool) -> Tensor:
+        return u - decay * p.to(compute_dtype(p)) if is_step else u + decay * p.to(compute_dtype(p))
+
+    return _scaled("add_decayed_weights", weight_decay, decayed)
 
 
 def scale_by_learning_rate(lr: Number = 1e-3) -> Transform:
-    """-lr * u: the updates point downhill from here on."""
+    """-lr * u: the updates point downhill from here on. They are steps then, and another rate behind this one, a
+    schedule say, scales them: lr * u."""
     check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
-    return _scaled("scale_by_learning_rate", lr, lambda u, p, lr: -lr * u)
+    return _scaled("scale_by_learning_rate", lr, lambda u, p, lr, is_step: (lr if is_step else -lr) * u, steps=True)
 
 
-def _scaled(name: str, value: Number, fn: Callable[[Tensor, Tensor, Tensor | float], Tensor]) -> Transform:
-    """fn(u, p, value), with a count in the state where the value is a schedule."""
+def _scaled(
+    name: str, value: Number, fn: Callable[[Tensor, Tensor, Tensor | float, bool], Tensor], steps: bool = False
+) -> Transform:
+    """fn(u, p, value, whether u is a step), with a count in the state where the value is a schedule."""
 
     def init(params: Leaves) -> State:
         return {"count": count_zeros(params)} if callable(value) else {}
 
-    def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, *, steps: Collection[str] = ()
+    ) -> tuple[dict[str, Tensor], State]:
         if not callable(value):
-            return {k: fn(u, params[k], in_dtype_of(u, value)) for k, u in updates.items()}, {}
+            return {k: fn(u, params[k], in_dtype_of(u, value), k in steps) for k, u in updates.items()}, {}
         t = increment(state["count"], updates)
         (x,) = per_leaf(t, updates, lambda t: [value(t)])
-        return {k: fn(u, params[k], x[k]) for k, u in updates.items()}, kept(state, count=t)
+        return {k: fn(u, params[k], x[k], k in steps) for k, u in updates.items()}, kept(state, count=t)
 
-    return transform(init, update, name, elementwise=True)
+    return transform(init, update, name, ("steps",), elementwise=True, steps=steps)
