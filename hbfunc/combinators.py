@@ -28,6 +28,7 @@ from hbfunc.transform import (
     kept,
     made_steps,
     parallel,
+    remembered,
     transform,
     wrap,
     zeros,
@@ -35,6 +36,7 @@ from hbfunc.transform import (
 from hbfunc.transforms.adaptive import ema
 
 
+@remembered
 def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) -> Transform:
     """The transform `factory(**values)` with its numbers in the state, as 0-dim tensors under "hyper".
 
@@ -79,6 +81,7 @@ def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | No
     return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
 
 
+@remembered
 def masked(inner: Transform, mask: Callable[[str, Tensor], bool] | Tree) -> Transform:
     """Apply `inner` to the leaves that `mask` selects; the updates of the others pass through unchanged.
 
@@ -87,6 +90,7 @@ def masked(inner: Transform, mask: Callable[[str, Tensor], bool] | Tree) -> Tran
     return _restricted(inner, lambda params: _labels(params, mask, "mask"), True)
 
 
+@remembered
 def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor], str] | Tree) -> Transform:
     """One transform per label, each over its own leaves only.
 
@@ -149,6 +153,7 @@ def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wan
     return wrap(inner, init, update, inside="", layout=places, elementwise=False, steps=steps)
 
 
+@remembered
 def cautious(inner: Transform, scale: bool = True) -> Transform:
     """Cautious updates (Liang et al. 2024, arXiv 2411.16085): `inner`, then `caution`.
 
@@ -158,6 +163,7 @@ def cautious(inner: Transform, scale: bool = True) -> Transform:
     return chain(inner, caution(scale), name=inner.name)
 
 
+@remembered
 def caution(scale: bool = True) -> Transform:
     """Zero the entries of u whose sign differs from that of the raw gradient, or, behind a learning rate, from that of
     minus the raw gradient; per tensor, multiply the others by numel / max(kept, 1), unless `scale` is False."""
@@ -180,11 +186,13 @@ def caution(scale: bool = True) -> Transform:
     return transform(lambda params: {}, update, "caution", ("grads", "steps"), elementwise=not scale, leafwise=True)
 
 
+@remembered
 def mars(inner: Transform, gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9) -> Transform:
     """MARS (Yuan et al. 2024, arXiv 2411.10438): `inner` fed with variance-reduced gradients, see `mars_correction`."""
     return chain(mars_correction(gamma, beta1), inner, name=inner.name)
 
 
+@remembered
 def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9) -> Transform:
     """g + gamma * beta1 / (1 - beta1) * (g - g_prev), with g_prev the previous raw gradient, 0 at first.
 
@@ -206,6 +214,7 @@ def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9)
     return transform(init, update, "mars", elementwise=True)
 
 
+@remembered
 def accumulate(inner: Transform, steps: int) -> Transform:
     """Average the gradients of `steps` calls, then apply `inner` once; the other calls return zero updates.
 
@@ -238,6 +247,7 @@ def accumulate(inner: Transform, steps: int) -> Transform:
     return wrap(inner, init, update, name="accumulate")
 
 
+@remembered
 def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
     """`inner`, and a debiased exponential average of the parameters after each step: state["ema"], by path."""
     check_number("decay", decay, 0, 1, open_high=True)

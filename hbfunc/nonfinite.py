@@ -18,12 +18,13 @@ from torch import Tensor
 
 from hbfunc.exchange import hold_everywhere, is_sharded, local
 from hbfunc.schedules import count_zeros
-from hbfunc.transform import Flat, Leaves, State, Transform, kept, wrap
+from hbfunc.transform import Flat, Leaves, State, Transform, kept, remembered, wrap
 
 POLICIES = ("propagate", "skip", "skip_leaf", "raise")
 SKIPPED = "skipped"  # the entry of both states that counts
 
 
+@remembered
 def apply_if_finite(inner: Transform, also: bool | Tensor = True) -> Transform:
     """`inner`, unless any entry of any gradient is infinite or NaN: then zero updates and an unchanged state.
 
@@ -50,6 +51,7 @@ def apply_if_finite(inner: Transform, also: bool | Tensor = True) -> Transform:
     return wrap(inner, init, update, name="apply_if_finite", elementwise=False, leafwise=False)
 
 
+@remembered
 def apply_to_finite_leaves(inner: Transform) -> Transform:
     """`inner`, less the leaves whose gradient has an infinite or NaN entry: zero updates, and their state unchanged.
 

@@ -16,11 +16,23 @@ from hbfunc import random
 from hbfunc.exchange import on_shards
 from hbfunc.opaque import materialize
 from hbfunc.schedules import count_zeros, increment
-from hbfunc.transform import Flat, Leaves, State, Transform, check_choice, compute_dtype, kept, transform, wrap
+from hbfunc.transform import (
+    Flat,
+    Leaves,
+    State,
+    Transform,
+    check_choice,
+    compute_dtype,
+    kept,
+    remembered,
+    transform,
+    wrap,
+)
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@remembered
 def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | Tensor = 0) -> Transform:
     """`inner` with its per-parameter tensors stored in `storage_dtype`, rounded stochastically from a key in the state.
 
@@ -65,6 +77,7 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
     return wrap(inner, init, update, inside="", elementwise=False)
 
 
+@remembered
 def round_to_parameters(seed: int | Tensor = 0) -> Transform:
     """Last in a chain: changes the updates so that bfloat16 parameters plus updates is the stochastically rounded sum.
 
@@ -90,9 +103,7 @@ def round_to_parameters(seed: int | Tensor = 0) -> Transform:
         # The difference of two bfloat16 numbers, so that the sum, rounded to nearest, is the number meant.
         return {**updates, **{k: new[k].to(old[k].dtype) - old[k] for k in mine}}, kept(state, count=t)
 
-    return transform(
-        init, update, "rounding", ("last",), elementwise=True, rounding=lambda: round_to_parameters(seed)
-    )
+    return transform(init, update, "rounding", ("last",), elementwise=True, rounding=lambda: round_to_parameters(seed))
 
 
 def _keyed(params: Flat, seed: int | Tensor) -> State:

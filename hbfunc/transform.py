@@ -16,8 +16,9 @@ a flat dict from path to tensor (`Leaves`), for instance "layer.0.weight", and a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import optree
 import torch
@@ -30,6 +31,15 @@ State = dict[str, Any]
 Flat = Mapping[str, Tensor]
 Layout = dict[str, Any]
 RefreshSchedule = Callable[[int], "bool | str | None"]  # step t, from 1 -> what `update(..., refresh=)` is given there
+
+
+class Made:
+    """How a Transform was made: the function, its arguments, and what it returned."""
+
+    def __init__(
+        self, function: Callable[..., Transform], args: tuple[Any, ...], kwargs: dict[str, Any], first: Transform
+    ) -> None:
+        self.function, self.args, self.kwargs, self.first = function, args, kwargs, first
 
 
 class Transform(NamedTuple):
@@ -58,6 +68,7 @@ class Transform(NamedTuple):
         does. What it is given as steps it hands on as steps.
     rounding: makes a transform that rounds its updates for low-precision parameters, if it ends in one: `chain` puts
         one behind whatever follows, and this one, which is told by "last", leaves it to that.
+    made: how it was made, which is what pickle stores in place of functions inside of functions; see `remembered`.
     """
 
     init: Callable[..., State]
@@ -71,6 +82,43 @@ class Transform(NamedTuple):
     first_step_moves: bool = True
     steps: bool | Callable[[Flat], Collection[str]] = False
     rounding: Callable[[], Transform] | None = None
+    made: Made | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.made is None:
+            return Transform, tuple(self)
+        fields = zip(self._fields, self, self.made.first, strict=True)
+        changes = {name: new for name, new, old in fields if new is not old and name != "made"}
+        return _made_again, (self.made.function, self.made.args, self.made.kwargs, changes)
+
+    def __copy__(self) -> Transform:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Transform:
+        return self  # nobody changes it
+
+
+P = ParamSpec("P")
+
+
+def remembered(factory: Callable[P, Transform]) -> Callable[P, Transform]:
+    """A factory whose transforms pickle as the call that made them: the factory by its name, and the arguments, which
+    must pickle themselves, as functions of a module do and lambdas do not."""
+
+    @functools.wraps(factory)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Transform:
+        made = factory(*args, **kwargs)
+        if torch.compiler.is_compiling() or any(made is x for x in args):
+            return made
+        return made._replace(made=Made(make, args, kwargs, made))
+
+    return make
+
+
+def _made_again(
+    function: Callable[..., Transform], args: tuple[Any, ...], kwargs: dict[str, Any], changes: dict[str, Any]
+) -> Transform:
+    return function(*args, **kwargs)._replace(**changes)
 
 
 class Leaves(dict[str, Tensor]):
@@ -178,6 +226,7 @@ def in_dtype_of(x: Tensor, value: Any) -> Any:
     return value.to(x.dtype) if isinstance(value, Tensor) else value
 
 
+@remembered
 def transform(
     init: Callable[[Leaves], State],
     update: Callable[..., tuple[dict[str, Tensor], State]],
@@ -237,7 +286,7 @@ def wrap(
         fields["layout"] = lambda params: {inside: layout(params)}
     if inside and refreshes is not None:
         fields["refreshes"] = lambda state: refreshes(state[inside])
-    fields |= changes
+    fields |= {"made": None, **changes}
     outer = transform(init, update, fields["name"], elementwise=fields["elementwise"])
     return Transform(**{**fields, "init": outer.init, "update": outer.update})
 
@@ -255,6 +304,7 @@ def agreed(schedules: Sequence[RefreshSchedule | None]) -> RefreshSchedule | Non
     return schedule
 
 
+@remembered
 def chain(*transforms: Transform, name: str = "chain") -> Transform:
     """Feed each transform's updates to the next. The state is a dict keyed by their names (a second one gets "_2").
 
@@ -346,6 +396,7 @@ def _unique(names: list[str]) -> list[str]:
     return [n if names[:i].count(n) == 0 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
 
 
+@remembered
 def stateless(name: str, fn: Callable[[Tensor], Tensor], elementwise: bool = False) -> Transform:
     """The transform that maps every leaf of the updates by `fn` and keeps nothing."""
 

@@ -24,7 +24,18 @@ from hbfunc.chainable.rules import Face, ScheduleFreeFace, UpdateBy, decayed
 from hbfunc.chainable.sides import select
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.schedules import at, count_zeros, increment, palm_beta2
-from hbfunc.transform import Leaves, RefreshSchedule, State, Transform, chain, compute_dtype, kept, transform, wrap
+from hbfunc.transform import (
+    Leaves,
+    RefreshSchedule,
+    State,
+    Transform,
+    chain,
+    compute_dtype,
+    kept,
+    remembered,
+    transform,
+    wrap,
+)
 
 Ending = Callable[[Face], list[Transform]]
 
@@ -35,6 +46,7 @@ NUMBERS = (
 )
 
 
+@remembered
 def as_transform(*functions: Function, **group: Any) -> Transform:
     """The functions, documented ones and a user's own, as one Transform, which is pure even where they work in place.
 

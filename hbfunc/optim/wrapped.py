@@ -21,7 +21,7 @@ from hbfunc.optim.shim import trainable
 from hbfunc.optim.state import Place, hyper_names, hyper_places
 from hbfunc.recipes.first_order import adamw
 from hbfunc.recipes.partitioned import ENDS, Exclude, chooses_matrices
-from hbfunc.transform import Leaves, State, Transform, check_number, wrap
+from hbfunc.transform import Leaves, State, Transform, check_number, remembered, wrap
 
 
 class FromTransform(WithCurvature):
@@ -136,6 +136,7 @@ class MatricesTo(FromTransform):
         super().__init__(groups, foreach=foreach, use_ema=use_ema, curvature=curvature, nonfinite=nonfinite)
 
 
+@remembered
 def with_lr(inner: Transform) -> Transform:
     """`inner` with a hyperparameter lr = 1 above: a factor of the learning rates among its own hyperparameters, or of
     its updates if there are none."""

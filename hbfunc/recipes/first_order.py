@@ -12,12 +12,13 @@ from hbfunc.combinators import with_hyperparameters
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.recipes.common import Clipping, after, around, before, check_flags, number, numbers
 from hbfunc.schedules import Number, palm_beta2, warmup
-from hbfunc.transform import Transform, chain
+from hbfunc.transform import Transform, chain, remembered
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
 from hbfunc.transforms.schedule_free import schedule_free
 from hbfunc.transforms.steps import add_decayed_weights
 
 
+@remembered
 def adamw(
     lr: Number = 0.0025,
     betas: Sequence[Number] = (0.9, 0.99),
@@ -40,6 +41,7 @@ def adamw(
     return around(scale_by_adam, **locals())
 
 
+@remembered
 def laprop(
     lr: Number = 0.0025,
     betas: Sequence[Number] = (0.9, 0.99),
@@ -62,6 +64,7 @@ def laprop(
     return around(scale_by_laprop, **locals())
 
 
+@remembered
 def adopt(
     lr: Number = 0.0025,
     betas: Sequence[Number] = (0.9, 0.99),
@@ -91,6 +94,7 @@ def adopt(
     return around(scale_by_adopt, **locals())
 
 
+@remembered
 def rmsprop(
     lr: Number = 0.0025,
     betas: Sequence[Number] = (0.9, 0.99),
@@ -117,12 +121,13 @@ def rmsprop(
     """
     if number("r", r) != 0.0 or number("weight_lr_power", weight_lr_power) != 2.0:
         warnings.warn(
-            f"r={r} and weight_lr_power={weight_lr_power} have no effect in rmsprop: leave them out", stacklevel=2
+            f"r={r} and weight_lr_power={weight_lr_power} have no effect in rmsprop: leave them out", stacklevel=3
         )
     options = {k: v for k, v in locals().items() if k not in ("r", "weight_lr_power")}
     return around(lambda beta1, beta2, eps: scale_by_exp_avg_sq(beta2, eps), **options)
 
 
+@remembered
 def sfadamw(
     lr: Number = 0.0025,
     betas: Sequence[Number] = (0.9, 0.99),

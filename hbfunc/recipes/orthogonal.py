@@ -13,12 +13,13 @@ from torch import Tensor
 
 from hbfunc.recipes.common import Clipping, around, check_flags
 from hbfunc.schedules import Number
-from hbfunc.transform import Transform, chain
+from hbfunc.transform import Transform, chain, remembered
 from hbfunc.transforms.adaptive import scale_by_laprop
 from hbfunc.transforms.momentum import heavyball_momentum, nesterov_momentum
 from hbfunc.transforms.orthogonal import orthogonalize
 
 
+@remembered
 def muon(
     lr: Number = 0.0025,
     betas: Sequence[Number] = (0.9, 0.99),
@@ -45,7 +46,7 @@ def muon(
     orthogonalizer: "newtonschulz" (also called "qr"), "polar_express" or "svd".
     """
     if palm:
-        warnings.warn("palm=True has no effect in muon, which has no second moment: leave it out", stacklevel=2)
+        warnings.warn("palm=True has no effect in muon, which has no second moment: leave it out", stacklevel=3)
     check_flags(nesterov=nesterov)
     momentum = nesterov_momentum if nesterov else heavyball_momentum
 
@@ -56,6 +57,7 @@ def muon(
     return around(rule, **options)
 
 
+@remembered
 def muon_laprop(
     lr: Number = 0.0025,
     betas: Sequence[Number] = (0.9, 0.99),

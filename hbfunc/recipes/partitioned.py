@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hbfunc.combinators import partition
 from hbfunc.recipes.first_order import adamw
-from hbfunc.transform import Transform
+from hbfunc.transform import Transform, remembered
 
 Exclude = str | Sequence[str] | Callable[[str, Tensor], bool]
 
@@ -17,6 +17,7 @@ Exclude = str | Sequence[str] | Callable[[str, Tensor], bool]
 ENDS = ("*embed*", "emb", "*_emb", "wte", "wpe", "head", "heads", "*_head", "classifier")
 
 
+@remembered
 def matrices_to(
     matrices: Transform,
     rest: Transform | None = None,

@@ -10,12 +10,13 @@ from hbfunc.combinators import with_hyperparameters
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.recipes.common import Clipping, after, before, check_flags, number
 from hbfunc.schedules import Number, warmup
-from hbfunc.transform import Transform, chain
+from hbfunc.transform import Transform, chain, remembered
 from hbfunc.transforms.momentum import exp_avg
 from hbfunc.transforms.psgd import scale_by_psgd
 from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 
 
+@remembered
 def psgd_kron(
     lr: Number = 0.001,
     beta: Number = 0.9,

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from hbfunc.recipes.common import Clipping, around, check_flags, number
 from hbfunc.schedules import Number
-from hbfunc.transform import Transform
+from hbfunc.transform import Transform, remembered
 from hbfunc.transforms.soap import scale_by_soap
 
 
+@remembered
 def soap(
     lr: Number = 3e-3,
     betas: Sequence[Number] = (0.9, 0.95),

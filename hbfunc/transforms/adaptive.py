@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, per_leaf
-from hbfunc.transform import Leaves, State, Transform, check_number, in_dtype_of, kept, transform, zeros
+from hbfunc.transform import Leaves, State, Transform, check_number, in_dtype_of, kept, remembered, transform, zeros
 
 
 def ema(average: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -30,6 +30,7 @@ def check_adam(beta1: Number, beta2: Number, eps: float | Tensor) -> None:
     check_number("eps", eps, 0, float("inf"), open_high=True)
 
 
+@remembered
 def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
     """RMSprop (Hinton 2012, lecture 6e), debiased: u / max(sqrt(v), eps) with v the average of u^2."""
     check_adam(0.0, beta2, eps)
@@ -46,6 +47,7 @@ def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Tra
     return transform(init, update, "scale_by_exp_avg_sq", elementwise=True)
 
 
+@remembered
 def scale_by_adam(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
     """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), with max(sqrt(v), eps) in place of sqrt(v) + eps."""
     check_adam(beta1, beta2, eps)
@@ -60,6 +62,7 @@ def scale_by_adam(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor
     return transform(two_moments, update, "scale_by_adam", elementwise=True)
 
 
+@remembered
 def scale_by_laprop(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
     """LaProp (Ziyin et al. 2020, arXiv 2002.04839, algorithm 1): the average of the normalised gradient."""
     check_adam(beta1, beta2, eps)
@@ -74,6 +77,7 @@ def scale_by_laprop(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tens
     return transform(two_moments, update, "scale_by_laprop", elementwise=True)
 
 
+@remembered
 def scale_by_adopt(
     beta1: Number = 0.9,
     beta2: Number = 0.99,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hbfunc.transform import Leaves, State, Transform, check_number, stateless, transform
+from hbfunc.transform import Leaves, State, Transform, check_number, remembered, stateless, transform
 
 Clip = Callable[[list[Tensor]], list[Tensor]]
 
@@ -44,30 +44,35 @@ def trust_region(x: Tensor, lerp: float = 0.9, scale: float = 1.5) -> Tensor:
     return torch.clamp(scale * ((1 - lerp) * torch.sign(y) * torch.log1p(y.abs()) + lerp * torch.tanh(y)), -2, 2)
 
 
+@remembered
 def l2_clip(clip_at: float = 1.0) -> Transform:
     """Shrink every leaf to a norm of at most `clip_at`."""
     check_number("clip_at", clip_at, 0, math.inf, open_low=True)
     return stateless("l2_clip", lambda u: l2(u, clip_at))
 
 
+@remembered
 def rmsnorm_clip(clip_at: float = 1.0) -> Transform:
     """Shrink every leaf to a root mean square of at most `clip_at`."""
     check_number("clip_at", clip_at, 0, math.inf, open_low=True)
     return stateless("rmsnorm_clip", lambda u: rmsnorm(u, clip_at))
 
 
+@remembered
 def mu_law_compress(mu: float = 127.0) -> Transform:
     """Compress every element by the mu law."""
     check_number("mu", mu, 0, math.inf, open_low=True)
     return stateless("mu_law_compress", lambda u: mu_law(u, mu), elementwise=True)
 
 
+@remembered
 def a_law_compress(A: float = 87.6) -> Transform:
     """Compress every element by the A law."""
     check_number("A", A, 1, math.inf)
     return stateless("a_law_compress", lambda u: a_law(u, A), elementwise=True)
 
 
+@remembered
 def trust_region_clip(lerp: float = 0.9, scale: float = 1.5) -> Transform:
     """Squash every element smoothly into [-2, 2]; PSGD's default update clipping."""
     check_number("lerp", lerp, 0, 1)
@@ -75,6 +80,7 @@ def trust_region_clip(lerp: float = 0.9, scale: float = 1.5) -> Transform:
     return stateless("trust_region_clip", lambda u: trust_region(u, lerp, scale), elementwise=True)
 
 
+@remembered
 def identity() -> Transform:
     """Leave the updates as they are."""
     return stateless("identity", lambda u: u, elementwise=True)
@@ -113,6 +119,7 @@ def clip_by(rule: str | Clip | Transform | None, argument: str = "gradient_clipp
     return BY_NAME[rule]()
 
 
+@remembered
 def _by_function(rule: Clip, argument: str) -> Transform:
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
         if not updates:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, per_leaf
-from hbfunc.transform import Leaves, State, Transform, check_number, kept, transform, zeros
+from hbfunc.transform import Leaves, State, Transform, check_number, kept, remembered, transform, zeros
 from hbfunc.transforms.adaptive import ema
 
 
+@remembered
 def exp_avg(beta: Number = 0.9) -> Transform:
     """The debiased exponential average of the updates."""
     check_number("beta", beta, 0, 1, open_high=True)
@@ -27,11 +28,13 @@ def exp_avg(beta: Number = 0.9) -> Transform:
     return transform(init, update, "exp_avg", elementwise=True)
 
 
+@remembered
 def heavyball_momentum(beta: Number = 0.9) -> Transform:
     """The heavy ball (Polyak 1964): s <- beta * s + u; the update is s."""
     return _momentum("heavyball_momentum", beta, lambda u, s, beta: s)
 
 
+@remembered
 def nesterov_momentum(beta: Number = 0.9) -> Transform:
     """Nesterov's momentum as in Sutskever et al. 2013: s <- beta * s + u; the update is u + beta * s."""
     return _momentum("nesterov_momentum", beta, lambda u, s, beta: u + beta * s)

@@ -9,11 +9,12 @@ from torch import Tensor
 from hbfunc import buckets
 from hbfunc.distributed import on_owners
 from hbfunc.linalg import polar
-from hbfunc.transform import Leaves, State, Transform, check_choice, transform
+from hbfunc.transform import Leaves, State, Transform, check_choice, remembered, transform
 
 METHODS = ("newtonschulz", "polar_express", "svd", "qr")
 
 
+@remembered
 def orthogonalize(method: str = "newtonschulz") -> Transform:
     """polar(u) * sqrt(max(1, rows / cols)), with leaves of more than two dims seen as [d0, d1 d2 ...]; Muon's step
     (Jordan et al. 2024) on the updates of a momentum. Leaves of fewer than two dims pass through.

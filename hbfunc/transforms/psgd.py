@@ -44,6 +44,7 @@ from hbfunc.transform import (
     check_number,
     compute_dtype,
     kept,
+    remembered,
     transform,
 )
 
@@ -53,6 +54,7 @@ _BALANCED = 0.01
 _REACHED = 1 - 1e-9  # a sum of probabilities this close to the next integer has reached it: ten times 0.1 is 1
 
 
+@remembered
 def scale_by_psgd(
     precond_lr: float | Tensor = 0.1,
     precond_init_scale: float | Tensor = 1.0,

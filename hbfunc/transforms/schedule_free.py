@@ -24,10 +24,12 @@ from hbfunc.transform import (
     flat_params,
     in_dtype_of,
     kept,
+    remembered,
     transform,
 )
 
 
+@remembered
 def schedule_free(
     lr: Number = 2.5e-3, beta1: float | Tensor = 0.9, weight_lr_power: float | Tensor = 2.0, r: float | Tensor = 0.0
 ) -> Transform:

@@ -36,6 +36,7 @@ from hbfunc.transform import (
     check_number,
     compute_dtype,
     kept,
+    remembered,
     transform,
 )
 from hbfunc.transforms.adaptive import check_adam, denominator, ema
@@ -43,6 +44,7 @@ from hbfunc.transforms.adaptive import check_adam, denominator, ema
 Stacks = dict[str, Tensor]  # of one bucket: exp_avg and exp_avg_sq [k, *shape], GG_d and Q_d [k, n, n] of some modes d
 
 
+@remembered
 def scale_by_soap(
     beta1: Number = 0.9,
     beta2: Number = 0.95,

@@ -7,9 +7,20 @@ from collections.abc import Callable, Collection
 from torch import Tensor
 
 from hbfunc.schedules import Number, count_zeros, increment, per_leaf
-from hbfunc.transform import Leaves, State, Transform, check_number, compute_dtype, in_dtype_of, kept, transform
+from hbfunc.transform import (
+    Leaves,
+    State,
+    Transform,
+    check_number,
+    compute_dtype,
+    in_dtype_of,
+    kept,
+    remembered,
+    transform,
+)
 
 
+@remembered
 def add_decayed_weights(weight_decay: Number = 0.0) -> Transform:
     """u + weight_decay * p. Before `scale_by_learning_rate` this is decoupled decay (Loshchilov & Hutter 2019).
 
@@ -23,6 +34,7 @@ def add_decayed_weights(weight_decay: Number = 0.0) -> Transform:
     return _scaled("add_decayed_weights", weight_decay, decayed)
 
 
+@remembered
 def scale_by_learning_rate(lr: Number = 1e-3) -> Transform:
     """-lr * u: the updates point downhill from here on. They are steps then, and another rate behind this one, a
     schedule say, scales them: lr * u."""
