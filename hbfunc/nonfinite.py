@@ -41,11 +41,15 @@ def apply_if_finite(inner: Transform, also: bool | Tensor = True) -> Transform:
     ) -> tuple[dict[str, Tensor], State]:
         if not updates and isinstance(also, bool):
             return updates, state
-        ok = torch.stack(list(_finite(updates).values())).all() & also if updates else torch.as_tensor(also)
-        new, after = _sheltered(inner, state["inner"], updates, params, dict.fromkeys(updates, ok), extras)
+        ok = _together(list(_finite(updates).values())) & also if updates else torch.as_tensor(also)
+        flags = {k: ok.to(u.device) for k, u in updates.items()}
+        new, after = _sheltered(inner, state["inner"], updates, params, flags, extras)
         return (
-            {k: torch.where(ok, u, _NOTHING) for k, u in new.items()},
-            {"skipped": state["skipped"] + torch.where(ok, 0, 1), "inner": select(ok, after, state["inner"])},
+            {k: torch.where(flags[k], u, _NOTHING) for k, u in new.items()},
+            {
+                "skipped": state["skipped"] + torch.where(ok, 0, 1).to(state["skipped"].device),
+                "inner": select(ok, after, state["inner"]),
+            },
         )
 
     return wrap(inner, init, update, name="apply_if_finite", elementwise=False, leafwise=False)
@@ -84,7 +88,13 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
     """new where the 0-dim condition holds, else old, over nested dicts of tensors."""
     if isinstance(new, dict):
         return {k: select(condition, new[k], old[k]) for k in new}
-    return torch.where(condition, new, old)
+    return torch.where(condition.to(new.device), new, old)
+
+
+def _together(flags: list[Tensor]) -> Tensor:
+    """Whether all flags hold, on the device of the first. Tensors on the meta device, beside others, say nothing."""
+    known = [flag for flag in flags if not flag.is_meta] or flags
+    return torch.stack([flag.to(known[0].device) for flag in known]).all()
 
 
 def _finite(updates: Flat) -> dict[str, Tensor]:

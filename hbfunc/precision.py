@@ -46,15 +46,16 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
 
     def init(params: Leaves) -> State:
         state = map_parameter_state(inner.init(params), params, lambda path, where, x: x.to(dtype))
-        return {**state, "storage": _keyed(params, seed)} if params else state
+        return {**state, _storage(_storages(state) + 1): _keyed(params, seed)} if params else state
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
         if not params:
             return inner.update(state, updates, params, **extras)
-        keyed = state["storage"]
-        full = {k: v for k, v in state.items() if k != "storage"}
+        own = _storage(_storages(state))
+        keyed = state[own]
+        full = {k: v for k, v in state.items() if k != own}
         full = map_parameter_state(full, params, lambda path, where, x: x.to(compute_dtype(params[path])))
         present = updates
         updates, new = inner.update(full, updates, params, **extras)
@@ -72,7 +73,7 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
         second = {k for found in entries.values() for k in list(found)[1::2]}
         low = round_each(full, keyed["key"], counts, second)
         new = map_parameter_state(new, params, lambda path, where, x: low.get(f"{path}/{where}", x).to(dtype))
-        return updates, {**new, "storage": kept(keyed, count=t)}
+        return updates, {**new, own: kept(keyed, count=t)}
 
     return wrap(inner, init, update, inside="", elementwise=False)
 
@@ -106,6 +107,19 @@ def round_to_parameters(seed: int | Tensor = 0) -> Transform:
     return transform(init, update, "rounding", ("last",), elementwise=True, rounding=lambda: round_to_parameters(seed))
 
 
+def _storages(state: State) -> int:
+    """How many storages are around one another in a state."""
+    n = 0
+    while _storage(n + 1) in state:
+        n += 1
+    return n
+
+
+def _storage(n: int) -> str:
+    """The key in the state of the n-th one, from within."""
+    return "storage" if n == 1 else f"storage_{n}"
+
+
 def _keyed(params: Flat, seed: int | Tensor) -> State:
     key = random.key(seed).to(next(iter(params.values())).device)
     return {"key": key, "count": count_zeros(params)}
@@ -118,6 +132,11 @@ def round_each(
 
     second: names of tensors that take the other half of the draws of the one before, whose shape they have.
     """
+    devices = dict.fromkeys([x.device for x in xs.values()])
+    if len(devices) > 1:
+        parts = [{k: x for k, x in xs.items() if x.device == device} for device in devices]
+        found = [round_each(part, key.to(device), counts, second) for part, device in zip(parts, devices, strict=True)]
+        return {k: x for part in found for k, x in part.items()}
     if not xs:
         return {}
     names = [k for k in xs if k not in second]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.opaque import materialize
-from hbfunc.transform import Flat, check_number
+from hbfunc.transform import Flat, check_number, on_device_of
 
 Schedule = Callable[[Tensor], Tensor]
 Number = float | Tensor | Schedule
@@ -34,7 +34,7 @@ class Decay:
 
 def at(value: Number, t: Tensor) -> Any:
     """The value at step t of a number or schedule."""
-    return value(t) if callable(value) else value
+    return value(t) if callable(value) else on_device_of(t, value)
 
 
 def warmup(value: Number, steps: int) -> Number:
@@ -72,15 +72,22 @@ def per_leaf(counts: Flat, like: Flat, fn: Callable[[Tensor], Sequence[Any]]) ->
     """Scalars that depend on each leaf's count: `fn` maps the float64 vector of counts of the leaves in `like` to
     vectors; one dict of 0-dim tensors for each comes back, in the dtype of the leaves.
 
-    All leaves at once, so that a thousand small tensors cost a handful of scalar operations, and behind an opaque
-    operation, so that a compiler does not recompute beta**t for every element of every tensor.
+    All leaves of a device at once, so that a thousand small tensors cost a handful of scalar operations, and behind an
+    opaque operation, so that a compiler does not recompute beta**t for every element of every tensor.
     """
     if not like:
         return [{} for _ in fn(torch.ones(0, dtype=torch.float64))]
+    devices = dict.fromkeys([counts[k].device for k in like])
+    if len(devices) > 1:
+        parts = [{k: x for k, x in like.items() if counts[k].device == device} for device in devices]
+        found = [per_leaf(counts, part, fn) for part in parts]
+        return [{k: x for part in parts for k, x in part.items()} for parts in zip(*found, strict=True)]
     paths = list(like)
     t = torch.stack([counts[k] for k in paths]).to(torch.float64)
     dtype = torch.float64 if any(like[k].dtype == torch.float64 for k in paths) else torch.float32
-    columns = [x.to(torch.float64).expand(t.shape) if isinstance(x, Tensor) else torch.full_like(t, x) for x in fn(t)]
+    columns = [
+        x.to(t.device, torch.float64).expand(t.shape) if isinstance(x, Tensor) else torch.full_like(t, x) for x in fn(t)
+    ]
     rows = materialize(torch.stack(columns).to(dtype))
     return [{k: x.to(like[k].dtype) for k, x in zip(paths, row.unbind(), strict=True)} for row in rows.unbind()]
 

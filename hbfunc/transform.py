@@ -221,9 +221,37 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def in_dtype_of(x: Tensor, value: Any) -> Any:
-    """`value`, a tensor in the dtype of x. A 0-dim hyperparameter in float64, as it is beside float64 parameters, would
-    take a float32 leaf along that is 0-dim itself."""
-    return value.to(x.dtype) if isinstance(value, Tensor) else value
+    """`value`, a tensor in the dtype of x and on its device. A 0-dim hyperparameter in float64, as it is beside float64
+    parameters, would take a float32 leaf along that is 0-dim itself."""
+    return on_device_of(x, value).to(x.dtype) if isinstance(value, Tensor) else value
+
+
+def on_device_of(x: Tensor, value: Any) -> Any:
+    """`value`, which may be a 0-dim tensor on the device of another leaf, for use beside x. On the CPU it may stay."""
+    if isinstance(value, Tensor) and value.device != x.device and value.device.type != "cpu":
+        return value.to(x.device)
+    return value
+
+
+def by_device(update: Callable[..., tuple[dict[str, Tensor], State]]) -> Callable[..., tuple[dict[str, Tensor], State]]:
+    """An update that is given leaves on several devices, from one for those of one device. For rules in which a leaf
+    knows nothing of the others; "key" in the state is for all of them."""
+
+    def one_by_one(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        devices = dict.fromkeys([u.device for u in updates.values()])
+        if len(devices) < 2:
+            return update(state, updates, params, **extras)
+        moved: dict[str, Tensor] = {}
+        shared = {"key": state["key"]} if "key" in state else {}
+        for device in devices:
+            here = {k: u for k, u in updates.items() if u.device == device}
+            new, state = update({**state, **{k: x.to(device) for k, x in shared.items()}}, here, params, **extras)
+            moved |= new
+        return {k: moved[k] for k in updates}, {**state, **shared}
+
+    return one_by_one
 
 
 @remembered

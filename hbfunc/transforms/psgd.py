@@ -39,6 +39,7 @@ from hbfunc.transform import (
     Leaves,
     State,
     Transform,
+    by_device,
     check_choice,
     check_int,
     check_number,
@@ -251,7 +252,7 @@ def scale_by_psgd(
             return None  # only the state has the sum of all earlier probabilities, or the value
         return refresh_schedule(p, seed=seed, key=state.get("key"))
 
-    rule = transform(init, update, "scale_by_psgd", ("grads", "refresh", "curvature"), layout, leafwise=True)
+    rule = transform(init, by_device(update), "scale_by_psgd", ("grads", "refresh", "curvature"), layout, leafwise=True)
     return on_owners(rule._replace(refreshes=refreshes), params=False, grads=not momentum_into_precond_update)
 
 

@@ -19,6 +19,7 @@ from hbfunc.transform import (
     State,
     Transform,
     Tree,
+    by_device,
     check_number,
     compute_dtype,
     flat_params,
@@ -67,7 +68,7 @@ def schedule_free(
         def scalars(t: Tensor) -> list[Any]:
             """The rate, c, and W in two parts."""
             rate = at(lr, t)
-            weight = abs(rate) ** weight_lr_power * t**r
+            weight = abs(rate) ** at(weight_lr_power, t) * t ** at(r, t)
             total = weight
             for part in parts:
                 total = total + torch.stack([state[part][k].to(torch.float64) for k in updates])
@@ -84,7 +85,7 @@ def schedule_free(
         sums = [{k: x.clone() for k, x in part.items()} for part in sums]  # they were views of one tensor
         return step, kept(state, count=t, z=z, **dict(zip(parts, sums, strict=True)))
 
-    return transform(init, update, "schedule_free", ("steps",), elementwise=True, steps=True)
+    return transform(init, by_device(update), "schedule_free", ("steps",), elementwise=True, steps=True)
 
 
 def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:

@@ -31,6 +31,7 @@ from hbfunc.transform import (
     RefreshSchedule,
     State,
     Transform,
+    by_device,
     check_choice,
     check_int,
     check_number,
@@ -185,7 +186,7 @@ def scale_by_soap(
             frequency = int(frequency)
         return refresh_schedule(frequency, use_precond_schedule, precond_scheduler, seed, state.get("key"))
 
-    rule = transform(init, update, "scale_by_soap", ("refresh",), layout, leafwise=True)
+    rule = transform(init, by_device(update), "scale_by_soap", ("refresh",), layout, leafwise=True)
     return on_owners(rule._replace(refreshes=refreshes, first_step_moves=False), params=False)
 
 
@@ -225,7 +226,7 @@ def _drawn(first: int, second: int, power: float, base: float, start: int) -> li
 def _due(frequency: int | Tensor, scheduler: Sequence[float] | None) -> Callable[[Tensor, Any], Tensor]:
     """(counts, key) -> whether each is due, the first step aside."""
     if scheduler is None:
-        return lambda t, key: t % frequency == 0
+        return lambda t, key: t % at(frequency, t) == 0
     power, base = scheduler
 
     def drawn(t: Tensor, key: Tensor) -> Tensor:
