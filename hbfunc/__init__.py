@@ -5,6 +5,7 @@ from hbfunc.combinators import (
     accumulate,
     caution,
     cautious,
+    ema_params,
     mars,
     mars_correction,
     masked,
@@ -12,7 +13,7 @@ from hbfunc.combinators import (
     with_ema,
     with_hyperparameters,
 )
-from hbfunc.nonfinite import apply_if_finite, apply_to_finite_leaves
+from hbfunc.nonfinite import apply_if_finite, apply_to_finite_leaves, skipped_steps
 from hbfunc.optim import (
     ADOPT,
     SOAP,
@@ -125,6 +126,7 @@ __all__ = [
     "clip_by",
     "convert",
     "distributed",
+    "ema_params",
     "exp_avg",
     "heavyball_momentum",
     "hypergrad",
@@ -158,6 +160,7 @@ __all__ = [
     "schedule_free_eval_params",
     "schedule_free_train_params",
     "sfadamw",
+    "skipped_steps",
     "soap",
     "stateless",
     "sweep",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hbfunc.nonfinite import select
+from hbfunc.nonfinite import NOTHING, select_leaves
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transform import (
     Flat,
@@ -23,6 +23,7 @@ from hbfunc.transform import (
     check_int,
     check_number,
     compute_dtype,
+    flat_params,
     flatten,
     in_dtype_of,
     kept,
@@ -215,54 +216,126 @@ def mars_correction(gamma: float | Tensor = 0.0025, beta1: float | Tensor = 0.9)
 
 
 @remembered
-def accumulate(inner: Transform, steps: int) -> Transform:
+def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) -> Transform:
     """Average the gradients of `steps` calls, then apply `inner` once; the other calls return zero updates.
 
+    As in torch, where gradients add up until the step: a leaf is stepped if any of the calls had a gradient of it, a
+    missing one counting as 0, and left alone otherwise. So every leaf has an update at every call.
+
+    steps: a positive int; an integer 0-dim tensor, a hyperparameter for instance; or a function from the number of the
+        window, a 0-dim tensor from 1, to its length. What is below 1 counts as 1.
+    update(..., flush=True), a bool or a 0-dim bool tensor, ends a window early: `inner` gets the mean of the calls so
+        far, this one included, and the next call begins a window. The last calls of an epoch are not lost then.
+
     Pure and of one shape, so that it compiles and maps: `inner` is computed at every call and selected at the last.
-    Raises ValueError unless steps is a positive int.
+    Raises ValueError for an int below 1 and a tensor that is no integer scalar.
     """
-    check_int("steps", steps, 1)
+    fixed = not isinstance(steps, Tensor) and not callable(steps)
+    if fixed:
+        check_int("steps", steps, 1)
+    elif isinstance(steps, Tensor) and (steps.ndim or steps.is_floating_point() or steps.is_complex()):
+        raise ValueError(f"steps is {steps.dtype} of shape {tuple(steps.shape)}, expected an integer 0-dim tensor")
 
     def init(params: Leaves) -> State:
         device = next((p.device for p in params.values()), None)
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        return {"count": count, "mean": zeros(params), "inner": inner.init(params)}
+        names = ("count",) if fixed else ("count", "gathered", "windows")
+        counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in names}
+        return {**counts, "seen": count_zeros(params), "mean": zeros(params), "inner": inner.init(params)}
+
+    def window(state: State) -> tuple[Any, Tensor]:
+        """The length of the window, and how many calls it has, this one included."""
+        if fixed:
+            return steps, state["count"] % steps + 1
+        value = steps(state["windows"] + 1) if callable(steps) else steps
+        length = torch.as_tensor(value, device=state["count"].device).to(torch.int64).clamp(min=1)
+        return length, state["gathered"] + 1
 
     def update(
-        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+        state: State,
+        updates: dict[str, Tensor],
+        params: Leaves,
+        *,
+        flush: bool | Tensor | None = None,
+        **extras: Any,
     ) -> tuple[dict[str, Tensor], State]:
-        count = state["count"] + 1
-        last = count % steps == 0
-        mean = {k: state["mean"][k] + u / steps for k, u in updates.items()}
+        length, gathered = window(state)
+        count, last = state["count"] + 1, gathered >= length
+        mean = {**state["mean"], **{k: state["mean"][k] + u / length for k, u in updates.items()}}
+        seen = {**state["seen"], **increment(state["seen"], updates)}
+        given = mean
+        if flush is not None and flush is not False:
+            last = last | torch.as_tensor(flush, device=last.device)
+            factor = torch.where(last, length / gathered, 1.0)
+            given = {k: m * factor.to(m) for k, m in mean.items()}
+            if fixed:
+                count = torch.where(last, count + (length - gathered), count)  # on to the next window
         if extras.get("grads") is not None:
-            extras["grads"] = mean
-        new, after = inner.update(state["inner"], mean, params, **extras)
-        rest = select(last, zeros(mean), mean)
-        return select(last, new, zeros(new)), {
-            "count": count,
-            "mean": {**state["mean"], **rest},
-            "inner": select(last, after, state["inner"]),
+            extras["grads"] = given
+        if "flush" in inner.needs:
+            extras["flush"] = flush
+        new, after = inner.update(state["inner"], given, params, **extras)
+        ended = {k: last.to(p.device) for k, p in params.items()}
+        moving = {k: ended[k] & (x > 0) for k, x in seen.items()}
+        layout = {} if inner.layout is None else inner.layout(params)
+        counts = {"count": count}
+        if not fixed:
+            counts["gathered"] = torch.where(last, 0, gathered)
+            counts["windows"] = state["windows"] + torch.where(last, 1, 0)
+        return {k: torch.where(moving[k], u, NOTHING) for k, u in new.items()}, {
+            **counts,
+            "seen": {k: torch.where(ended[k], 0, x) for k, x in seen.items()},
+            "mean": {k: torch.where(ended[k], 0, m) for k, m in mean.items()},
+            "inner": select_leaves(moving, after, state["inner"], layout, last),
         }
 
-    return wrap(inner, init, update, name="accumulate")
+    needs = tuple(sorted({*inner.needs, "flush"}))
+    return wrap(inner, init, update, name="accumulate", needs=needs, every_call=True)
 
 
 @remembered
 def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
-    """`inner`, and a debiased exponential average of the parameters after each step: state["ema"], by path."""
+    """`inner`, and a debiased exponential average of the parameters after each step: state["ema"], by path.
+
+    Every leaf is averaged at every call, whether it has a gradient or not, as by torch's AveragedModel; before the
+    first call the average is the parameters themselves. `ema_params` puts the averages in their place.
+    """
     check_number("decay", decay, 0, 1, open_high=True)
 
     def init(params: Leaves) -> State:
-        return {"count": count_zeros(params), "ema": zeros(params), "inner": inner.init(params)}
+        average = {k: p.to(compute_dtype(p), copy=True) for k, p in params.items()}
+        return {"count": count_zeros(params), "ema": average, "inner": inner.init(params)}
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
         updates, after = inner.update(state["inner"], updates, params, **extras)
-        t = increment(state["count"], updates)
-        (w,) = per_leaf(t, updates, lambda t: [ema_weight(decay, t)])
+        t = increment(state["count"], params)
+        (w,) = per_leaf(t, params, lambda t: [ema_weight(decay, t)])
         moved = apply_updates(params, {k: updates.get(k) for k in params})
-        average = {k: ema(state["ema"][k], moved[k].to(compute_dtype(moved[k])), w[k]) for k in updates}
-        return updates, kept({**state, "inner": {}}, count=t, ema=average) | {"inner": after}
+        average = {k: ema(state["ema"][k], p.to(compute_dtype(p)), w[k]) for k, p in moved.items()}
+        return updates, {"count": t, "ema": average, "inner": after}
 
-    return wrap(inner, init, update, name="with_ema")
+    return wrap(inner, init, update, name="with_ema", every_call=True)
+
+
+def ema_params(state: State, params: Tree) -> Tree:
+    """The averages that `with_ema` keeps, wherever in `state` they are, in the dtype of the parameters.
+
+    A leaf that none of them averages (behind `masked`, say) is as it is in `params`. Of several averages of one leaf,
+    the outermost counts. Raises ValueError for a state without an average.
+    """
+    flat, back = flat_params(params, elementwise=True)
+    found = list(_averages(state))
+    if not found:
+        raise ValueError("state holds no average of the parameters: expected the state of with_ema")
+    average = {k: x for part in reversed(found) for k, x in part.items()}
+    return back({k: average[k].to(p.dtype) if k in average else p for k, p in flat.items()})
+
+
+def _averages(state: State) -> Iterator[dict[str, Tensor]]:
+    """The averages in a state, the outermost first."""
+    if state.keys() == {"count", "ema", "inner"}:
+        yield state["ema"]
+    for part in state.values():
+        if isinstance(part, dict):
+            yield from _averages(part)

@@ -188,6 +188,8 @@ def _converted(
             return torch.as_tensor(group.get("weight_sum", 0.0))
         if name == "weight_sum_low":
             return torch.zeros(())
+        if name == "beta1":
+            return torch.as_tensor(group["betas"][0])
         if name == "previous":
             return held[k].get("mars_mars_old_grad")
         kind, _, mode = name.partition("_")

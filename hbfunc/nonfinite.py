@@ -18,41 +18,68 @@ from torch import Tensor
 
 from hbfunc.exchange import hold_everywhere, is_sharded, local
 from hbfunc.schedules import count_zeros
-from hbfunc.transform import Flat, Leaves, State, Transform, kept, remembered, wrap
+from hbfunc.transform import Flat, Leaves, State, Transform, check_int, kept, remembered, wrap
 
 POLICIES = ("propagate", "skip", "skip_leaf", "raise")
 SKIPPED = "skipped"  # the entry of both states that counts
+IN_A_ROW = "in_a_row"
 
 
 @remembered
-def apply_if_finite(inner: Transform, also: bool | Tensor = True) -> Transform:
+def apply_if_finite(inner: Transform, also: bool | Tensor = True, limit: int | Tensor | None = None) -> Transform:
     """`inner`, unless any entry of any gradient is infinite or NaN: then zero updates and an unchanged state.
 
-    The state counts the skipped steps, an int64 scalar: "skipped".
+    The state counts the skipped steps, "skipped", and with a limit the steps since the last finite one, "in_a_row":
+    int64 scalars, which `skipped_steps` finds. A run whose gradients stay NaN stands still, so have a look at them.
     also: a condition of the caller's that must hold too, a bool or a 0-dim bool tensor: gradients elsewhere are finite.
+    limit: how many steps in a row are skipped at most, an int or an integer 0-dim tensor. What comes then is applied
+        whatever is in it, so that a NaN shows in the parameters and the loss. None: there is no limit.
+    Raises ValueError for a limit below 0.
     """
+    if limit is not None and not isinstance(limit, Tensor):
+        check_int("limit", limit, 0)
 
     def init(params: Leaves) -> State:
         device = next((p.device for p in params.values()), None)
-        return {"skipped": torch.zeros((), dtype=torch.int64, device=device), "inner": inner.init(params)}
+        names = (SKIPPED,) if limit is None else (SKIPPED, IN_A_ROW)
+        counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in names}
+        return {**counts, "inner": inner.init(params)}
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
-        if not updates and isinstance(also, bool):
+        if not updates and isinstance(also, bool) and not inner.every_call:
             return updates, state
         ok = _together(list(_finite(updates).values())) & also if updates else torch.as_tensor(also)
-        flags = {k: ok.to(u.device) for k, u in updates.items()}
+        counts = {}
+        if limit is not None:
+            finite = ok.to(state[IN_A_ROW].device)
+            ok = finite | (state[IN_A_ROW] >= limit)
+            counts[IN_A_ROW] = torch.where(finite, 0, state[IN_A_ROW] + 1)
+        flags = {k: ok.to(p.device) for k, p in params.items()}
         new, after = _sheltered(inner, state["inner"], updates, params, flags, extras)
+        counts[SKIPPED] = state[SKIPPED] + torch.where(ok, 0, 1).to(state[SKIPPED].device)
         return (
-            {k: torch.where(flags[k], u, _NOTHING) for k, u in new.items()},
-            {
-                "skipped": state["skipped"] + torch.where(ok, 0, 1).to(state["skipped"].device),
-                "inner": select(ok, after, state["inner"]),
-            },
+            {k: torch.where(flags[k], u, NOTHING) for k, u in new.items()},
+            {**counts, "inner": select(ok, after, state["inner"])},
         )
 
     return wrap(inner, init, update, name="apply_if_finite", elementwise=False, leafwise=False)
+
+
+def skipped_steps(state: State) -> dict[str, Tensor]:
+    """How many steps `apply_if_finite` and `apply_to_finite_leaves` have skipped, wherever in `state` they are.
+
+    By place, "inner.matrices.skipped" for instance, and where steps are skipped leaf by leaf with the leaf behind it;
+    likewise "in_a_row", where a limit counts. Int64 scalars. Empty for a state of neither.
+    """
+    found: dict[str, Tensor] = {}
+    for k, part in state.items():
+        if k in (SKIPPED, IN_A_ROW):
+            found |= {f"{k}.{path}": x for path, x in part.items()} if isinstance(part, dict) else {k: part}
+        elif isinstance(part, dict):
+            found |= {f"{k}.{place}": x for place, x in skipped_steps(part).items()}
+    return found
 
 
 @remembered
@@ -74,14 +101,14 @@ def apply_to_finite_leaves(inner: Transform) -> Transform:
         layout = {} if inner.layout is None else inner.layout(params)
         skipped = {k: state["skipped"][k] + torch.where(ok[k], 0, 1) for k in updates}
         return (
-            {k: torch.where(ok[k], u, _NOTHING) for k, u in new.items()},
-            {**kept(state, skipped=skipped), "inner": _select_leaves(ok, after, state["inner"], layout)},
+            {k: torch.where(ok[k], u, NOTHING) if k in ok else u for k, u in new.items()},
+            {**kept(state, skipped=skipped), "inner": select_leaves(ok, after, state["inner"], layout)},
         )
 
     return wrap(inner, init, update, name="apply_to_finite_leaves", elementwise=False)
 
 
-_NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
+NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
 
 
 def select(condition: Tensor, new: Any, old: Any) -> Any:
@@ -110,21 +137,24 @@ def _sheltered(
     return inner.update(state, {k: torch.where(ok[k], u, 0) for k, u in updates.items()}, params, **extras)
 
 
-def _select_leaves(ok: Flat, new: State, old: State, layout: Mapping[str, Any] | tuple[str, ...]) -> State:
-    """new for the leaves that are ok, else old: entries by path, and rows of stacks. What no leaf owns is new."""
+def select_leaves(
+    ok: Flat, new: State, old: State, layout: Mapping[str, Any] | tuple[str, ...], shared: Tensor | None = None
+) -> State:
+    """new for the leaves that are ok, else old: entries by path, and rows of stacks. What no leaf owns is new, or goes
+    by the condition `shared`."""
     selected: State = {}
     for k, x in new.items():
         part = layout.get(k, {}) if isinstance(layout, Mapping) else {}
         if isinstance(x, dict):
-            selected[k] = _select_leaves(ok, x, old[k], part)
+            selected[k] = select_leaves(ok, x, old[k], part, shared)
         elif isinstance(part, tuple):
-            always = torch.ones((), dtype=torch.bool, device=x.device)
+            always = torch.ones((), dtype=torch.bool, device=x.device) if shared is None else shared.to(x.device)
             rows = torch.stack([ok.get(path, always) for path in part])
             selected[k] = torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, old[k])
         elif k in ok:
             selected[k] = torch.where(ok[k], x, old[k])
         else:
-            selected[k] = x
+            selected[k] = x if shared is None else torch.where(shared.to(x.device), x, old[k])
     return selected
 
 

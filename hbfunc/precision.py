@@ -57,7 +57,7 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
         keyed = state[own]
         full = {k: v for k, v in state.items() if k != own}
         full = map_parameter_state(full, params, lambda path, where, x: x.to(compute_dtype(params[path])))
-        present = updates
+        present = params if inner.every_call else updates
         updates, new = inner.update(full, updates, params, **extras)
         t = increment(keyed["count"], present)
         entries: dict[str, dict[str, Tensor]] = {}

@@ -51,7 +51,8 @@ class Transform(NamedTuple):
     needs: extras it asks the chain for: "grads" (the raw gradients), "refresh" (None, True, False or "first": whether
         expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product),
         "steps" (paths of the leaves whose updates are steps already, see below), "last" (False where something behind
-        may change its updates).
+        may change its updates), "flush" (whether gradients that are being gathered are applied now, see
+        `accumulate`).
     layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
         down to the stacks, of tuples of paths (one per row). None: the state has no stacks.
     elementwise: in float32 and float64, an entry of an update depends on no other entry, nor on where it is or what its
@@ -68,6 +69,8 @@ class Transform(NamedTuple):
         does. What it is given as steps it hands on as steps.
     rounding: makes a transform that rounds its updates for low-precision parameters, if it ends in one: `chain` puts
         one behind whatever follows, and this one, which is told by "last", leaves it to that.
+    every_call: `update` counts its calls or follows the parameters: it is to be called at every step, also when no leaf
+        has a gradient, and may then move leaves that had one before.
     made: how it was made, which is what pickle stores in place of functions inside of functions; see `remembered`.
     """
 
@@ -82,6 +85,7 @@ class Transform(NamedTuple):
     first_step_moves: bool = True
     steps: bool | Callable[[Flat], Collection[str]] = False
     rounding: Callable[[], Transform] | None = None
+    every_call: bool = False
     made: Made | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -279,12 +283,14 @@ def transform(
             return update(state, grads, params, **extras)
         flat, back, pairs = _real_params(params, elementwise)
         kinds = kinds_of(flat.values())
+        given = flat_like(flat, grads, "grads", pairs)
         if extras.get("grads") is not None:
             extras["grads"] = flat_like(flat, extras["grads"], "grads", pairs)
+        elif "grads" in needs:
+            extras["grads"] = given  # outermost, what it is given are the raw gradients
         if extras.get("curvature") is not None:
             product = as_around(extras["curvature"], kinds)
             extras["curvature"] = lambda v: flat_like(flat, product(back(v)), "curvature(v)", pairs)
-        given = flat_like(flat, grads, "grads", pairs)
         updates, new = in_own_precision(lambda: update(state, given, flat, **extras), kinds)
         return back(updates), new
 
@@ -315,7 +321,7 @@ def wrap(
     if inside and refreshes is not None:
         fields["refreshes"] = lambda state: refreshes(state[inside])
     fields |= {"made": None, **changes}
-    outer = transform(init, update, fields["name"], elementwise=fields["elementwise"])
+    outer = transform(init, update, fields["name"], fields["needs"], elementwise=fields["elementwise"])
     return Transform(**{**fields, "init": outer.init, "update": outer.update})
 
 
@@ -373,9 +379,10 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         curvature: Callable[[Tree], Tree] | None = None,
         steps: Collection[str] = (),
         last: bool = True,
+        flush: bool | Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         extras: dict[str, Any] = {"grads": updates if grads is None else grads, "refresh": refresh}
-        extras |= {"curvature": curvature, "steps": steps}
+        extras |= {"curvature": curvature, "steps": steps, "flush": flush}
         new = {}
         for i, (n, t) in enumerate(zip(names, transforms, strict=True)):
             extras["last"] = last and (parallel or i == len(transforms) - 1)
@@ -402,6 +409,7 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         first_step_moves=all(t.first_step_moves for t in transforms),
         steps=_any_steps(transforms),
         rounding=rounding,
+        every_call=any(t.every_call for t in transforms),
     )
 
 

@@ -160,17 +160,12 @@ def _heavyball(u: Any, s: Any, beta: float) -> Any:
 
 
 def _accumulated(params: Arrays, grads: list[Arrays], steps: int, **options: Any) -> list[Arrays]:
-    """AdamW on the mean of every `steps` gradients, a missing one counting as 0; where it is missing at the step that
-    applies the mean, that is put off to the next.
-    """
+    """AdamW on the mean of every `steps` gradients, a missing one counting as 0, for the leaves that had one."""
     means: list[Arrays] = []
-    total = {k: np.zeros_like(p) for k, p in params.items()}
-    for t, g in enumerate(grads, 1):
-        total = {k: x if g[k] is None else x + g[k] / steps for k, x in total.items()}
-        means.append(dict.fromkeys(params))
-        if t % steps == 0:
-            means[-1] = {k: None if g[k] is None else total[k] for k in params}
-            total = {k: total[k] if g[k] is None else np.zeros_like(p) for k, p in params.items()}
+    for t in range(1, len(grads) + 1):
+        window = grads[t - steps : t] if t % steps == 0 else []
+        given = {k: [g[k] for g in window if g[k] is not None] for k in params}
+        means.append({k: sum(found) / steps if found else None for k, found in given.items()})
     return oracles.adamw(params, means, **options)
 
 

@@ -16,7 +16,7 @@ from hbfunc.chainable.lift import Program, Run, joined, late, settled, split
 from hbfunc.chainable.parts import Function, parts_of
 from hbfunc.chainable.rules import Face, ScheduleFreeFace, agreeing, decayed, ending, palm_beta2
 from hbfunc.combinators import with_hyperparameters
-from hbfunc.optim.first_order import TrainEval
+from hbfunc.optim.averaged import TrainEval
 from hbfunc.optim.shim import StatefulOptimizer, trainable, use_default
 from hbfunc.optim.unit import Unit
 from hbfunc.precision import round_to_parameters, with_storage

@@ -45,7 +45,8 @@ def in_place_step(
         if curvature:
             known = zip(present, products, strict=False)
             product = {paths[i]: h.to(compute_dtype(params[i])) for i, h in known}
-            more["curvature"] = lambda v: product
+            # A leaf that moves without a gradient of its own (`Transform.every_call`) has no curvature either.
+            more["curvature"] = lambda v: {k: product[k] if k in product else torch.zeros_like(x) for k, x in v.items()}
         state = nested(dict(zip(at, tensors, strict=True)), empty)
         updates, state = transform.update(state, given, leaves, **more)
         moved = {k: leaves[k].to(u.dtype) + u for k, u in updates.items()}

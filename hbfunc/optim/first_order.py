@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from hbfunc import recipes
+from hbfunc.optim.averaged import TrainEval
 from hbfunc.optim.shim import StatefulOptimizer, use_default
-from hbfunc.transforms.schedule_free import schedule_free_eval_params, schedule_free_train_params
 
 
 class Moments(StatefulOptimizer):
@@ -88,39 +85,6 @@ class ForeachLaProp(Moments):
     recipe = staticmethod(recipes.laprop)
 
 
-class TrainEval(StatefulOptimizer):
-    """Schedule-Free's two points: the parameters hold y while training and the average x after `eval()`."""
-
-    def __init__(self, params: Any, defaults: dict[str, Any], *args: Any, **options: Any) -> None:
-        super().__init__(params, {**defaults, "train_mode": True}, *args, **options)
-
-    def train(self, mode: bool = True) -> None:
-        """Put the parameters at y, where gradients are taken. No effect if they are there. train(False) is eval()."""
-        self._move(mode)
-
-    def eval(self) -> None:
-        """Put the parameters at x, the average, to evaluate or save the model. No effect if they are there."""
-        self._move(False)
-
-    @torch.no_grad()
-    def _move(self, train: bool) -> None:
-        move = schedule_free_train_params if train else schedule_free_eval_params
-        state = {**self.state, **self._presented(name="z")}
-        for group in self.param_groups:
-            if group["train_mode"] != train:
-                for p in group["params"]:
-                    if "z" in state.get(p, {}):
-                        z = {"z": {"param": state[p]["z"]}, "weight_sum": {}}
-                        p.copy_(move(z, p, group["betas"][0]))
-                group["train_mode"] = train
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As the base class. Raises RuntimeError in eval mode, where the parameters are not where gradients belong."""
-        if not all(group["train_mode"] for group in self.param_groups):
-            raise RuntimeError("the optimizer is in eval mode: call optimizer.train() before step()")
-        return super().step(closure)
-
-
 class _Averaged(StatefulOptimizer):
     """The signature that RMSprop and Schedule-Free AdamW share."""
 
@@ -160,6 +124,7 @@ class ForeachSFAdamW(_Averaged, TrainEval):
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682).
 
     Call `eval()` before evaluating or saving the model, and `train()` before training on, as with the authors' package.
+    A model with BatchNorm needs `hbfunc.recompute_batchnorm` after `eval()`: its running statistics are those of y.
     """
 
     recipe = staticmethod(recipes.sfadamw)

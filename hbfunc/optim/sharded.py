@@ -248,7 +248,7 @@ class GatheredUnit(ShardedUnit):
             super().step(refresh, given, compile_step, rehearse)
             if not rehearse:
                 for p, x in zip(self.parameters.values(), self.params, strict=True):
-                    if p is not x and x.grad is not None:
+                    if p is not x and (x.grad is not None or self.transform.every_call):
                         local(p.detach()).copy_(shard_of(x, p))
         except BaseException:
             self._drop()
@@ -327,8 +327,10 @@ class OwnedUnit(ShardedUnit):
     def step(
         self, refresh: Any, products: Sequence[Tensor] | None, compile_step: bool = True, rehearse: bool = False
     ) -> None:
-        shards = {k: local(self.parameters[k].detach()) for k in self.with_gradient()}
-        h = self._collect(shards, products) if self.collected is None else self.collected
+        present = self.with_gradient()
+        may_move = list(self.parameters) if self.transform.every_call else present
+        shards = {k: local(self.parameters[k].detach()) for k in may_move}
+        h = self._collect(present, shards, products) if self.collected is None else self.collected
         there = [k for k, x in zip(self.paths, self.params, strict=True) if x.grad is not None]
         given = [h[k] for k in there] if products else products
         try:
@@ -337,7 +339,7 @@ class OwnedUnit(ShardedUnit):
             if rehearse:
                 return
             stand_ins = dict(zip(self.paths, self.params, strict=True))
-            moved = self.exchange.scatter({k: stand_ins[k] for k in there}, shards)
+            moved = self.exchange.scatter({k: x for k, x in stand_ins.items() if k in shards}, shards)
         except BaseException:
             self._drop()
             raise
@@ -345,17 +347,19 @@ class OwnedUnit(ShardedUnit):
         for k, x in moved.items():
             shards[k].copy_(x)
         for k in self.everyone:
-            self.everyone[k] += k in moved
+            self.everyone[k] += k in present
 
-    def _collect(self, shards: Mapping[str, Tensor], products: Sequence[Tensor] | None) -> dict[str, Tensor]:
+    def _collect(
+        self, present: Sequence[str], shards: Mapping[str, Tensor], products: Sequence[Tensor] | None
+    ) -> dict[str, Tensor]:
         """Bring gradients and parameters to the owners, and products, which are returned."""
-        sets = [{k: local(gradient(k, self.parameters[k])) for k in shards}, shards]
+        sets = [{k: local(gradient(k, self.parameters[k])) for k in present}, dict(shards)]
         if products:
-            sets.append({k: local(placed_like(h, self.parameters[k])) for k, h in zip(shards, products, strict=True)})
+            sets.append({k: local(placed_like(h, self.parameters[k])) for k, h in zip(present, products, strict=True)})
         grads, params, *more = self._gathered(sets)
         for k, x in zip(self.paths, self.params, strict=True):
             x.grad = grads.get(k)
-            if k in grads:
+            if k in params:
                 x.copy_(params[k])
         self.collected = more[0] if more else {}
         return self.collected

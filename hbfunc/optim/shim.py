@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, ClassVar
@@ -189,7 +189,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group), self.check_hyperparameter)
         # Without values (on the meta device) nobody can tell, and nothing is to be refreshed.
-        decisions = [not unit.moving()[0].is_meta and unit.due() for group, unit in work]
+        decisions = [not unit.is_meta and unit.due() for group, unit in work]
         products = self.products(work, decisions)
         moved = self._judge(work, products) if policies != {"propagate"} else {}
         steps = list(zip([unit for _, unit in work], decisions, products, strict=True))
@@ -290,10 +290,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return group["nonfinite"], self.structure(group)
 
     def _ready(self, index: int, group: dict[str, Any]) -> list[Unit]:
-        """The units of a group that have a gradient, made anew where options, parameters or `state` changed."""
-        if all(p.grad is None for p in group["params"]):
-            return []
+        """The units of a group that have a gradient, or whose transform is to be called at every step; made anew where
+        options, parameters or `state` changed."""
         key, units = self._units.get(index, (None, []))
+        if all(p.grad is None for p in group["params"]):
+            tx = units[0].transform if units else self.transform(group)
+            if not tx.every_call:
+                return []
         alive = set(map(id, self.state.values()))
         current = key == self._key(group) and all(unit.shown_in(alive) for unit in units)
         if current and not all(unit.whole() for unit in units):
@@ -302,7 +305,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if not current:
             self.state.update(self._presented(units))
             key, units = self._units[index] = self._built(index, group)
-        return [unit for unit in units if unit.moving()]
+        return [unit for unit in units if unit.moving() or unit.transform.every_call]
 
     @torch.no_grad()
     def _built(self, index: int, group: dict[str, Any]) -> tuple[Any, list[Unit]]:
@@ -343,17 +346,23 @@ class StatefulOptimizer(torch.optim.Optimizer):
         every = enumerate(self.param_groups)
         return [pair for i, group in every for pair in zip(self._names(i), group["params"], strict=True)]
 
-    def _presented(self, units: Iterable[Unit] | None = None, name: str | None = None) -> dict[Tensor, dict[str, Any]]:
-        """What `state` holds of these or all units, or its entries of one name. Of leaves that have an owner, shards on
-        all ranks, which all must call."""
+    def _presented(
+        self, units: Iterable[Unit] | None = None, names: Sequence[str] | None = None
+    ) -> dict[Tensor, dict[str, Any]]:
+        """What `state` holds of these or all units, or its entries of such names, whatever is in front of them. Of
+        leaves that have an owner, shards on all ranks, which all must call."""
+
+        def wanted(n: str) -> bool:
+            return names is None or n.rpartition(".")[2] in names
+
         every = [unit for _, found in self._units.values() for unit in found] if units is None else units
         shards: dict[Tensor, dict[str, Any]] = {}
         for unit in every:
             if isinstance(unit, sharded.OwnedUnit):
-                entries = unit.presented(lambda n: name in (None, n))
+                entries = unit.presented(wanted)
                 for k, p in unit.parameters.items():
                     if self.state.get(p) is unit.shown[k]:
-                        rest = {n: x for n, x in unit.shown[k].items() if n in EMA and name in (None, n)}
+                        rest = {n: x for n, x in unit.shown[k].items() if n in EMA and wanted(n)}
                         shards[p] = {**entries[k], **rest}
         return shards
 

@@ -73,6 +73,7 @@ class Unit:
         self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
         self.counted: Callable[[], list[int]] | None = None  # reads them, where steps may be skipped
         self.steps: dict[Any, Step] = {}
+        self.flushing = False  # whether this step applies what the transform has gathered
         self.tried: set[Any] = set()  # keys of the steps that have run, or been rehearsed
         self.pending: Writes | None = None  # what a rehearsal has computed
 
@@ -123,6 +124,11 @@ class Unit:
         fit = {k: guard.fitting(entries, self.views[k]) for k, entries in values.items()}
         adopt(self.views, mapped(fit, lambda k, n, x: whole(x)))
 
+    @property
+    def is_meta(self) -> bool:
+        """Whether the parameters have no values."""
+        return next(iter(self.parameters.values())).is_meta
+
     def present(self) -> tuple[int, ...]:
         """Numbers of the parameters that have a gradient."""
         return tuple(i for i, p in enumerate(self.params) if p.grad is not None)
@@ -145,7 +151,7 @@ class Unit:
         present = self.present()
         having = set(present)
         given = [i for i, s in enumerate(self.sources) if (s if isinstance(s, int) else s.numbers[0]) in having]
-        key = tuple(given), refresh, products is None, mode, utils.dynamic
+        key = tuple(given), refresh, products is None, self.flushing, mode, utils.dynamic
         if key not in self.steps:
             at, extras, curved = list(self.tensors), self._extras(refresh), products is not None
             step = in_place_step(self.transform, self.flat_paths, given, at, extras, curved, mode is None, self.empty)
@@ -235,7 +241,8 @@ class Unit:
             self.counts = self.counted()
         elif not self.counts:
             self.counts = [int(t) for t in self._count_tensors()]
-        decisions = {schedule(t) for t in {self.counts[i] + 1 for i in self.present()}}
+        may_move = range(len(self.params)) if self.transform.every_call else self.present()
+        decisions = {schedule(t) for t in {self.counts[i] + 1 for i in may_move}}
         return decisions.pop() if len(decisions) == 1 else None
 
     def _count_tensors(self) -> list[Tensor]:
@@ -259,7 +266,8 @@ class Unit:
         return {leaves[k]: v for k, v in asked.items()}
 
     def _extras(self, refresh: bool | str | None) -> dict[str, Any]:
-        return {"refresh": refresh} if "refresh" in self.transform.needs else {}
+        extras = {"refresh": refresh, "flush": self.flushing}
+        return {k: x for k, x in extras.items() if k in self.transform.needs}
 
 
 def _copy(x: Tensor) -> Tensor:

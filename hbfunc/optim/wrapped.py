@@ -16,15 +16,18 @@ from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.exchange import local
+from hbfunc.optim.averaged import Averaging
 from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optim.shim import trainable
 from hbfunc.optim.state import Place, hyper_names, hyper_places
+from hbfunc.optim.unit import Unit
 from hbfunc.recipes.first_order import adamw
 from hbfunc.recipes.partitioned import ENDS, Exclude, chooses_matrices
 from hbfunc.transform import Leaves, State, Transform, check_number, remembered, wrap
+from hbfunc.transforms.schedule_free import holds_schedule_free
 
 
-class FromTransform(WithCurvature):
+class FromTransform(Averaging, WithCurvature):
     """A torch.optim.Optimizer that steps with `transform`.
 
     The hyperparameters in the transform's state are options of the param groups: "lr", "beta1", ...; where several
@@ -32,6 +35,8 @@ class FromTransform(WithCurvature):
     schedulers to drive: the transform's own, or else, 1 at first, a factor of all its learning rates, or of its updates
     if it has none. A group may bring a "transform" of its own. An average inside, of `with_ema`, is called
     "transform.ema" in `state[p]`, or by its place ("with_ema.ema"): "ema" is the one of `use_ema`.
+    Where a transform has a Schedule-Free part, `eval()` puts the parameters of that part at their averages and
+    `train()` back; the group has a "train_mode". Where one gathers gradients (`accumulate`), `flush()` ends the window.
 
     params: as in torch.optim; `named_parameters()` where the transform looks at paths (`partition`, `masked`).
     foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once: a norm
@@ -40,6 +45,8 @@ class FromTransform(WithCurvature):
     nonfinite: "propagate", "skip", "skip_leaf" or "raise", see `StatefulOptimizer`.
     Raises TypeError for a transform that is none.
     """
+
+    _flushing = False
 
     def __init__(
         self,
@@ -70,19 +77,33 @@ class FromTransform(WithCurvature):
 
     def _checked(self, group: dict[str, Any], names: list[str]) -> None:
         super()._checked(group, names)
-        for name in hyper_names(self._hyper(group, names)).values():
+        for name in hyper_names(dict(hyper_places(self._initial(group, names)))).values():
             if name in group:
                 self.check_hyperparameter(name, group[name])
 
-    def _hyper(self, group: dict[str, Any], names: list[str]) -> dict[Place, Tensor]:
-        """The hyperparameters of a group's transform, by place."""
+    def _initial(self, group: dict[str, Any], names: list[str]) -> State:
+        """A first state of a group's transform."""
         here = [local(self._leaf(p)) for p in group["params"]]  # of DTensors the shards, for less memory
         leaves = Leaves(sorted(zip(names, here, strict=True)))
-        return dict(hyper_places(self.transform(group).init(leaves)))
+        return self.transform(group).init(leaves)
 
     def check_hyperparameter(self, name: str, value: Any) -> None:
         """Any finite number: what the names mean is the transform's affair."""
         check_number(name, value, -math.inf, math.inf, open_low=True, open_high=True)
+
+    def flush(self) -> None:
+        """Apply the gradients that `accumulate` has gathered so far, and those that parameters have now: a step that
+        ends the window. Without a transform that gathers, a step like any other."""
+        self._flushing = True
+        try:
+            self.step()
+        finally:
+            self._flushing = False
+
+    def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None, rehearse: bool = False) -> None:
+        """As the base class; in a `flush`, the transform is told."""
+        unit.flushing = self._flushing
+        super().advance(unit, decision, products, rehearse)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -91,7 +112,10 @@ class FromTransform(WithCurvature):
         group = self.param_groups[-1]
         try:
             tx = self.transform(group)
-            hyper = self._hyper(group, self._names(len(self.param_groups) - 1))
+            state = self._initial(group, self._names(len(self.param_groups) - 1))
+            hyper = dict(hyper_places(state))
+            if holds_schedule_free(state):
+                group.setdefault("train_mode", True)
             if "lr" not in hyper_names(hyper).values():
                 tx = with_lr(tx)
                 hyper = _lr_beside(hyper)

@@ -3,11 +3,13 @@
 The parameters hold y, where gradients are taken. The state holds z, the base sequence. The model to evaluate is x:
 
     model = schedule_free_eval_params(state, params)
+
+Running statistics of BatchNorm are gathered at y: before x is evaluated, `hbfunc.recompute_batchnorm` gathers its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +42,9 @@ def schedule_free(
     y <- lerp(y, z, c) + u * lr * (beta1 * (1 - c) - 1); z <- z - lr * u; z_0 = p_0
 
     Behind a learning rate u is minus the step that it is given. Whatever changes the updates behind this moves y alone.
+
+    The state keeps the beta1 that y was made with. Where another one comes (a scheduler, a new value in the state), y
+    moves with it, and the average x goes on as it was.
     """
     check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
     check_number("beta1", beta1, 0, 1, open_low=True, open_high=True)
@@ -52,6 +57,7 @@ def schedule_free(
         return {
             "count": count_zeros(params),
             **dict(zip(parts, sums, strict=True)),
+            "beta1": {k: _scalar(beta1, p).clone() for k, p in params.items()},
             "z": {k: p.to(compute_dtype(p), copy=True) for k, p in params.items()},
         }
 
@@ -66,7 +72,7 @@ def schedule_free(
         single = torch.tensor([u.dtype != torch.float64 for u in updates.values()], device=device)
 
         def scalars(t: Tensor) -> list[Any]:
-            """The rate, c, and W in two parts."""
+            """The rate, c, how far y is pulled to z, beta1, and W in two parts."""
             rate = at(lr, t)
             weight = abs(rate) ** at(weight_lr_power, t) * t ** at(r, t)
             total = weight
@@ -74,54 +80,91 @@ def schedule_free(
                 total = total + torch.stack([state[part][k].to(torch.float64) for k in updates])
             # A rate of 0 from the start (warmup, a checkpoint's dry run) leaves W at 0 and the average as it is.
             c = torch.where(total > 0, weight / torch.where(total > 0, total, 1), 0)
-            return [rate, c, total, torch.where(single, total - total.to(torch.float32), 0)]
+            now = torch.as_tensor(beta1, dtype=torch.float64, device=device)
+            now = torch.where(single, now.to(torch.float32).to(torch.float64), now)  # as the state has it
+            before = torch.stack([state["beta1"][k].to(torch.float64) for k in updates])
+            pull = c + (1 - c) * (1 - now / before)
+            return [rate, c, pull, now, total, torch.where(single, total - total.to(torch.float32), 0)]
 
-        rate, c, *sums = per_leaf(t, updates, scalars)
+        rate, c, pull, *scalar = per_leaf(t, updates, scalars)
         step, z = {}, {}
         for k, u in updates.items():
             y = params[k].to(u.dtype)
-            step[k] = c[k] * (state["z"][k] - y) + u * (rate[k] * (in_dtype_of(u, beta1) * (1 - c[k]) - 1))
+            step[k] = pull[k] * (state["z"][k] - y) + u * (rate[k] * (in_dtype_of(u, beta1) * (1 - c[k]) - 1))
             z[k] = state["z"][k] - rate[k] * u
-        sums = [{k: x.clone() for k, x in part.items()} for part in sums]  # they were views of one tensor
-        return step, kept(state, count=t, z=z, **dict(zip(parts, sums, strict=True)))
+        scalar = [{k: x.clone() for k, x in part.items()} for part in scalar]  # they were views of one tensor
+        return step, kept(state, count=t, z=z, **dict(zip(("beta1", *parts), scalar, strict=True)))
 
     return transform(init, by_device(update), "schedule_free", ("steps",), elementwise=True, steps=True)
 
 
 def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:
-    """The averaged parameters x = lerp(y, z, 1 - 1/beta1) of a state that contains `schedule_free`'s.
+    """The averaged parameters x = lerp(y, z, 1 - 1/beta1), for every leaf of which `state` holds `schedule_free`'s
+    part, wherever in it that is: in parts of a `partition`, inside wrappers. Other leaves stay as they are.
 
-    beta1 is read from the state's hyperparameters, or given for a chain that has none. Raises ValueError when the state
-    holds no Schedule-Free average, or no beta1 is known.
+    The state knows the beta1 of each. beta1: for a state that does not. Raises ValueError when the state holds no
+    Schedule-Free average, or no beta1 is known.
     """
-    return _moved(state, params, beta1, lambda p, z, beta1: torch.lerp(p, z, 1 - 1 / beta1))
+    return _moved(state, params, beta1, averaged)
 
 
 def schedule_free_train_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:
     """The inverse of `schedule_free_eval_params`: y = lerp(x, z, 1 - beta1)."""
-    return _moved(state, params, beta1, lambda p, z, beta1: torch.lerp(p, z, 1 - beta1))
+    return _moved(state, params, beta1, trained)
+
+
+def averaged(y: Tensor, z: Tensor, beta1: Tensor) -> Tensor:
+    """x, in the dtype of y."""
+    return _lerp(y, z, beta1, lambda beta1: 1 - 1 / beta1)
+
+
+def trained(x: Tensor, z: Tensor, beta1: Tensor) -> Tensor:
+    """y, in the dtype of x."""
+    return _lerp(x, z, beta1, lambda beta1: 1 - beta1)
+
+
+def _lerp(p: Tensor, z: Tensor, beta1: Tensor, weight: Callable[[Tensor], Tensor]) -> Tensor:
+    dtype = compute_dtype(p)
+    return torch.lerp(p.to(dtype), z.to(dtype), weight(beta1.to(dtype))).to(p.dtype)
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=compute_dtype(like), device=like.device)
 
 
 def _moved(state: State, params: Tree, beta1: Any, move: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tree:
-    z, found = _find(state, None)
-    beta1 = found if beta1 is None else beta1
-    if z is None:
+    found = dict(_leaves(state, None))
+    if not found:
         raise ValueError("state holds no Schedule-Free average: expected the state of sfadamw or of schedule_free")
-    if beta1 is None:
-        raise ValueError("beta1 is not in the state: pass the beta1 of the schedule_free transform")
     flat, back = flat_params(params, elementwise=True)
-    moved = {}
-    for k, p in flat.items():
-        dtype = compute_dtype(p)
-        weight = torch.as_tensor(beta1, dtype=dtype, device=p.device)
-        moved[k] = move(p.to(dtype), z[k].to(dtype), weight).to(p.dtype) if k in z else p
+    moved = dict(flat)
+    for k, (z, known) in found.items():
+        if k not in flat:
+            continue
+        weight = known if beta1 is None else beta1
+        if weight is None:
+            raise ValueError("beta1 is not in the state: pass the beta1 of the schedule_free transform")
+        moved[k] = move(flat[k], z, _scalar(weight, flat[k]))
     return back(moved)
 
 
-def _find(state: State, beta1: Tensor | None) -> tuple[dict[str, Tensor] | None, Tensor | None]:
-    """z and the beta1 nearest above it, wherever in nested chains they are."""
-    beta1 = state.get("hyper", {}).get("beta1", beta1)
-    if "z" in state and "weight_sum" in state:
-        return state["z"], beta1
-    inner = [_find(s, beta1) for s in state.values() if isinstance(s, dict)]
-    return next((found for found in inner if found[0] is not None), (None, beta1))
+def _leaves(state: State, beta1: Any) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
+    """For every leaf that is averaged: z, and the beta1 of y or, for a state without it, the nearest one above."""
+    hyper = state.get("hyper")
+    beta1 = hyper.get("beta1", beta1) if isinstance(hyper, dict) else beta1
+    if is_schedule_free(state):
+        own = state.get("beta1", {})
+        yield from ((k, (z, own.get(k, beta1))) for k, z in state["z"].items())
+    for part in state.values():
+        if isinstance(part, dict):
+            yield from _leaves(part, beta1)
+
+
+def holds_schedule_free(state: State) -> bool:
+    """Whether a state has the state of `schedule_free` in it, or is it."""
+    return is_schedule_free(state) or any(holds_schedule_free(s) for s in state.values() if isinstance(s, dict))
+
+
+def is_schedule_free(state: State) -> bool:
+    """Whether a state is that of `schedule_free`."""
+    return isinstance(state.get("z"), dict) and isinstance(state.get("weight_sum"), dict)

@@ -1,0 +1,67 @@
+"""The two points of Schedule-Free rules, for classes: `train()` and `eval()`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc.optim.shim import StatefulOptimizer
+from hbfunc.transforms import schedule_free
+
+_NAMES = ("z", "weight_sum", "beta1")  # entries of the state of `schedule_free`
+
+
+class Averaging(StatefulOptimizer):
+    """Groups with a "train_mode" are at one of two points: their parameters hold y while training and the average x
+    after `eval()`. Other groups, and other parameters in these, take no part."""
+
+    def train(self, mode: bool = True) -> None:
+        """Put the parameters at y, where gradients are taken. No effect if they are there. train(False) is eval()."""
+        self._move(mode)
+
+    def eval(self) -> None:
+        """Put the parameters at x, the average, to evaluate or save the model. No effect if they are there.
+
+        The running statistics of BatchNorm are those of y: `hbfunc.recompute_batchnorm` gathers them anew.
+        """
+        self._move(False)
+
+    @torch.no_grad()
+    def _move(self, train: bool) -> None:
+        move = schedule_free.trained if train else schedule_free.averaged
+        turning = [group for group in self.param_groups if group.get("train_mode", train) != train]
+        state = {**self.state, **self._presented(names=_NAMES)} if turning else {}
+        for group in turning:
+            for p in group["params"]:
+                found = _average(state.get(p, {}))
+                if found is not None:
+                    z, beta1 = found
+                    p.copy_(move(p, z, beta1))
+            group["train_mode"] = train
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As the base class. Raises RuntimeError in eval mode, where the parameters are not where gradients belong."""
+        if not all(group.get("train_mode", True) for group in self.param_groups):
+            raise RuntimeError("the optimizer is in eval mode: call optimizer.train() before step()")
+        return super().step(closure)
+
+
+class TrainEval(Averaging):
+    """Schedule-Free's two points for every group."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *args: Any, **options: Any) -> None:
+        super().__init__(params, {**defaults, "train_mode": True}, *args, **options)
+
+
+def _average(entries: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """z and beta1 in the state of a parameter, or None without a Schedule-Free part."""
+    for name, z in entries.items():
+        if name.rpartition(".")[2] == "z":
+            prefix = name[:-1]
+            weight_sum, beta1 = (entries.get(f"{prefix}{k}", entries.get(k)) for k in _NAMES[1:])
+            if weight_sum is not None and beta1 is not None:
+                return z, beta1
+    return None

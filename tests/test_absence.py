@@ -1,0 +1,289 @@
+"""Parameters without a gradient: never, at first, from now on, in turns, in some of the micro-batches, in no group.
+
+Every wrapper, as a transform and as a class, against a plain torch loop that says what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+import hbfunc
+from hbfunc import utils
+
+Params = dict[str, Tensor]
+Grads = Mapping[str, Tensor | None]
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    monkeypatch.setattr(utils, "compile_mode", None)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def functional(tx: hbfunc.Transform, params: Params, grads: Sequence[Grads], **extras: Any) -> tuple[Params, Any]:
+    """The parameters after updates with these gradients, and the state. extras: of the last update."""
+    params, state = dict(params), tx.init(params)
+    for t, g in enumerate(grads, 1):
+        updates, state = tx.update(state, dict(g), params, **(extras if t == len(grads) else {}))
+        params = hbfunc.apply_updates(params, updates)
+    return params, state
+
+
+def as_class(
+    tx: hbfunc.Transform, params: Params, grads: Sequence[Grads], foreach: bool = True
+) -> tuple[Params, torch.optim.Optimizer]:
+    """The same, by `FromTransform`."""
+    own = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
+    optimizer = hbfunc.FromTransform(list(own.items()), tx, foreach=foreach)
+    for g in grads:
+        for k, p in own.items():
+            p.grad = None if g[k] is None else g[k].clone()
+        optimizer.step()
+    return {k: p.detach() for k, p in own.items()}, optimizer
+
+
+def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    for k in want:
+        torch.testing.assert_close(got[k], want[k], rtol=1e-12, atol=1e-12, msg=lambda text, k=k: f"{k}: {text}")
+
+
+# -- accumulation -----------------------------------------------------------------------------------------------------
+
+
+def accumulated_by_torch(params: Params, grads: Sequence[Grads], steps: int, lr: float = 0.1) -> Params:
+    """The loop that everybody writes, with the mean over a window's micro-batches."""
+    own = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
+    optimizer = torch.optim.SGD(own.values(), lr=lr, momentum=0.9)
+    for i, g in enumerate(grads, 1):
+        for k, p in own.items():
+            if g[k] is not None:
+                p.grad = g[k] / steps if p.grad is None else p.grad + g[k] / steps
+        if i % steps == 0:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return {k: p.detach() for k, p in own.items()}
+
+
+def sgd(lr: Any = 0.1) -> hbfunc.Transform:
+    return hbfunc.chain(hbfunc.heavyball_momentum(0.9), hbfunc.scale_by_learning_rate(lr))
+
+
+HEADS = {"left": draw(3), "right": draw(2, 2, seed=1), "trunk": draw(4, seed=2), "frozen": draw(2, seed=3)}
+
+
+def in_turns(n: int) -> list[Grads]:
+    """Gradients of two heads in turns, of a trunk always, and of something frozen never."""
+    found = []
+    for t in range(n):
+        g: dict[str, Tensor | None] = {k: draw(*p.shape, seed=10 + 7 * t + i) for i, (k, p) in enumerate(HEADS.items())}
+        g["left" if t % 2 else "right"] = g["frozen"] = None
+        found.append(g)
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_accumulate_counts_any_gradient_in_the_window(steps: int) -> None:
+    grads = in_turns(12)
+    want = accumulated_by_torch(HEADS, grads, steps)
+    tx = hbfunc.accumulate(sgd(), steps)
+    got, _ = functional(tx, HEADS, grads)
+    assert_close(got, want)
+    assert torch.equal(got["frozen"], HEADS["frozen"])
+    for foreach in (True, False):
+        got, _ = as_class(tx, HEADS, grads, foreach)
+        assert_close(got, want)
+
+
+def test_accumulate_trains_two_heads_in_turns() -> None:
+    """The last micro-batch of a window is always without one of them."""
+    got, state = functional(hbfunc.accumulate(hbfunc.adamw(lr=0.1), 2), HEADS, in_turns(4))
+    assert not torch.equal(got["left"], HEADS["left"])
+    assert not torch.equal(got["right"], HEADS["right"])
+    counts = state["inner"]["scale_by_adam"]["count"]
+    assert {k: int(t) for k, t in counts.items()} == {"left": 2, "right": 2, "trunk": 2, "frozen": 0}
+
+
+def test_a_group_without_gradients_goes_on_counting_micro_batches() -> None:
+    """As classes: the window is that of the loop, and not of the gradients that a group happens to have."""
+    grads = in_turns(8)
+    want = accumulated_by_torch(HEADS, grads, 4)
+    own = {k: torch.nn.Parameter(p.clone()) for k, p in HEADS.items()}
+    optimizer = hbfunc.FromTransform([{"params": [(k, p)]} for k, p in own.items()], hbfunc.accumulate(sgd(), 4))
+    for g in grads:
+        for k, p in own.items():
+            p.grad = g[k]
+        optimizer.step()
+    assert_close({k: p.detach() for k, p in own.items()}, want)
+
+
+@pytest.mark.parametrize("steps", [torch.tensor(3), lambda t: 3, lambda t: torch.where(t > 1, 3, 3.0)])
+def test_accumulate_over_a_tensor_or_a_schedule(steps: Any) -> None:
+    grads = in_turns(9)
+    got, state = functional(hbfunc.accumulate(sgd(), steps), HEADS, grads)
+    assert_close(got, functional(hbfunc.accumulate(sgd(), 3), HEADS, grads)[0])
+    assert (int(state["count"]), int(state["windows"]), int(state["gathered"])) == (9, 3, 0)
+
+
+def test_accumulate_over_windows_that_grow() -> None:
+    grads = in_turns(1 + 2 + 3)
+    got, _ = functional(hbfunc.accumulate(sgd(), lambda t: t), HEADS, grads)
+    want, state = dict(HEADS), sgd().init(HEADS)
+    for window in (grads[:1], grads[1:3], grads[3:]):
+        given = {k: [g[k] for g in window if g[k] is not None] for k in HEADS}
+        mean = {k: sum(x) / len(window) if x else None for k, x in given.items()}
+        updates, state = sgd().update(state, mean, want)
+        want = hbfunc.apply_updates(want, updates)
+    assert_close(got, want)
+
+
+def test_the_length_of_a_window_is_a_hyperparameter() -> None:
+    """Changed in the state, mapped over, and as an option of the class's group."""
+    tx = hbfunc.with_hyperparameters(lambda steps: hbfunc.accumulate(sgd(), steps), steps=torch.tensor(2))
+    grads = in_turns(6)
+
+    def trained(steps: Tensor) -> Params:
+        params, state = dict(HEADS), tx.init(HEADS)
+        state = {**state, "hyper": {"steps": steps}}
+        for g in grads:
+            updates, state = tx.update(state, g, params)
+            params = hbfunc.apply_updates(params, updates)
+        return params
+
+    lanes = torch.vmap(trained)(torch.tensor([1, 2, 3]))
+    for i, steps in enumerate((1, 2, 3)):
+        assert_close({k: x[i] for k, x in lanes.items()}, functional(hbfunc.accumulate(sgd(), steps), HEADS, grads)[0])
+    own = {k: torch.nn.Parameter(p.clone()) for k, p in HEADS.items()}
+    optimizer = hbfunc.FromTransform(list(own.items()), tx)
+    optimizer.param_groups[0]["steps"] = 3
+    for g in grads:
+        for k, p in own.items():
+            p.grad = g[k]
+        optimizer.step()
+    assert_close({k: p.detach() for k, p in own.items()}, {k: x[2] for k, x in lanes.items()})
+
+
+@pytest.mark.parametrize("steps", [3, torch.tensor(3)])
+@pytest.mark.parametrize("flush", [True, torch.tensor(True)])
+def test_a_flush_applies_the_last_partial_window(steps: Any, flush: Any) -> None:
+    """The mean of the micro-batches that there were; then a window begins anew."""
+    grads = in_turns(8)
+    tx = hbfunc.accumulate(sgd(), steps)
+    params, state = dict(HEADS), tx.init(HEADS)
+    for t, g in enumerate(grads, 1):
+        updates, state = tx.update(state, g, params, flush=flush if t == 5 else None)
+        params = hbfunc.apply_updates(params, updates)
+    want, rule = dict(HEADS), sgd().init(HEADS)
+    for window in (grads[:3], grads[3:5], grads[5:]):
+        given = {k: [g[k] for g in window if g[k] is not None] for k in HEADS}
+        updates, rule = sgd().update(rule, {k: sum(x) / len(window) if x else None for k, x in given.items()}, want)
+        want = hbfunc.apply_updates(want, updates)
+    assert_close(params, want)
+
+
+def test_the_class_flushes() -> None:
+    grads = in_turns(5)
+    for tx in (hbfunc.accumulate(sgd(), 3), hbfunc.chain(hbfunc.identity(), hbfunc.accumulate(sgd(), 3))):
+        want, _ = functional(tx, HEADS, grads, flush=True)
+        own = {k: torch.nn.Parameter(p.clone()) for k, p in HEADS.items()}
+        optimizer = hbfunc.FromTransform(list(own.items()), tx)
+        for t, g in enumerate(grads, 1):
+            for k, p in own.items():
+                p.grad = g[k]
+            optimizer.flush() if t == 5 else optimizer.step()
+        assert_close({k: p.detach() for k, p in own.items()}, want)
+        assert not torch.equal(own["left"], functional(tx, HEADS, grads)[0]["left"])
+    plain = hbfunc.FromTransform(list(own.items()), sgd())
+    own["left"].grad = torch.ones_like(own["left"])
+    before = own["left"].detach().clone()
+    plain.flush()  # a step like any other
+    assert not torch.equal(own["left"], before)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (0, "steps=0: expected a positive int"),
+        (2.5, "steps=2.5"),
+        (torch.tensor(2.0), "torch.float32 of shape .*, expected an integer 0-dim tensor"),
+        (torch.tensor([2]), r"shape \(1,\), expected an integer"),
+    ],
+)
+def test_what_is_no_number_of_steps(steps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hbfunc.accumulate(sgd(), steps)
+
+
+def test_accumulate_with_curvature_and_an_absent_leaf() -> None:
+    tx = hbfunc.accumulate(hbfunc.psgd_kron(lr=0.1, curvature=True), 2)
+    params = {k: torch.nn.Parameter(draw(2, seed=i)) for i, k in enumerate("ab")}
+    optimizer = hbfunc.FromTransform(list(params.items()), tx, curvature=True)
+    before = {k: p.detach().clone() for k, p in params.items()}
+    for t in range(4):
+        k = "ab"[t % 2]
+        optimizer.step(lambda k=k: (params[k] ** 2).sum())
+    assert all(not torch.equal(p, before[k]) and p.isfinite().all() for k, p in params.items())
+
+
+# -- averages ---------------------------------------------------------------------------------------------------------
+
+
+def averaged_by_torch(params: Params, trajectory: Sequence[Params], decay: float) -> Params:
+    """torch's own average, of all parameters after every step, debiased."""
+    module = torch.nn.ParameterDict({k: torch.nn.Parameter(torch.zeros_like(p)) for k, p in params.items()})
+    # From zeros, so that a factor debiases it; torch's first call copies.
+    mean = AveragedModel(module, avg_fn=lambda average, now, n: decay * average + (1 - decay) * now)
+    mean.n_averaged.fill_(1)
+    for now in trajectory:
+        with torch.no_grad():
+            for k, p in module.items():
+                p.copy_(now[k])
+        mean.update_parameters(module)
+    return {k: mean.module[k].detach() / (1 - decay ** len(trajectory)) for k in params}
+
+
+def test_the_average_of_what_was_never_stepped_is_the_parameter() -> None:
+    tx = hbfunc.with_ema(hbfunc.adamw(lr=0.1))
+    assert_close(tx.init(HEADS)["ema"], HEADS)
+    _, state = functional(tx, HEADS, in_turns(1))  # right and frozen had no gradient
+    for k in ("right", "frozen"):
+        assert torch.equal(state["ema"][k], HEADS[k])
+    params, state = functional(tx, HEADS, in_turns(6))
+    assert torch.equal(state["ema"]["frozen"], HEADS["frozen"])
+    assert not torch.equal(state["ema"]["left"], params["left"])
+
+
+def test_the_average_is_torchs_whatever_is_absent() -> None:
+    grads = in_turns(7)
+    grads += [{**g, "trunk": None} for g in in_turns(6)]  # frozen from here on: the average goes on to the parameter
+    for tx in (hbfunc.with_ema(sgd(), 0.7), hbfunc.with_ema(hbfunc.masked(sgd(), lambda k, p: k != "left"), 0.7)):
+        trajectory = [functional(tx, HEADS, grads[:n])[0] for n in range(1, len(grads) + 1)]
+        want = averaged_by_torch(HEADS, trajectory, 0.7)
+        params, state = functional(tx, HEADS, grads)
+        assert_close(state["ema"], want)
+        assert_close(hbfunc.ema_params(state, params), want)
+
+
+def test_ema_params_finds_every_average() -> None:
+    parts = {"a": hbfunc.with_ema(sgd(), 0.5), "b": hbfunc.chain(hbfunc.with_ema(sgd(), 0.9)), "c": sgd()}
+    labels = {"left": "a", "right": "a", "trunk": "b", "frozen": "c"}
+    tx = hbfunc.apply_if_finite(hbfunc.partition(parts, lambda k, p: labels[k]))
+    params, state = functional(tx, HEADS, in_turns(5))
+    inner = state["inner"]
+    want = {**inner["a"]["ema"], **inner["b"]["with_ema"]["ema"], "frozen": params["frozen"]}
+    assert_close(hbfunc.ema_params(state, params), want)
+    low = {k: p.to(torch.bfloat16) for k, p in params.items()}
+    assert {x.dtype for x in hbfunc.ema_params(state, low).values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="state holds no average of the parameters: expected the state of with_ema"):
+        hbfunc.ema_params(sgd().init(params), params)
+    outer = hbfunc.with_ema(hbfunc.with_ema(sgd(), 0.5), 0.9)
+    params, state = functional(outer, HEADS, in_turns(5))
+    assert_close(hbfunc.ema_params(state, params), state["ema"])
