@@ -5,6 +5,10 @@
     scale_by_learning_rate(warmup(1e-3, 100))
     scale_by_adam(beta2=palm_beta2(0.8))
     adamw(lr=lambda t: 1e-3 * torch.rsqrt(t))
+    adamw(lr=lambda t: 1e-3 if t < 100 else 1e-4)
+
+The last one looks at the value of a step, which a graph does not know: it is for eager mode alone. `torch.compile`, the
+compiled steps of the classes and `torch.vmap` want functions of tensors, such as torch.where(t < 100, 1e-3, 1e-4).
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hbfunc.opaque import materialize
-from hbfunc.transform import Flat, check_number, on_device_of
+from hbfunc.transform import Flat, check_number, on_device_of, plain
 
 Schedule = Callable[[Tensor], Tensor]
 Number = float | Tensor | Schedule
@@ -33,13 +38,44 @@ class Decay:
 
 
 def at(value: Number, t: Tensor) -> Any:
-    """The value at step t of a number or schedule."""
-    return value(t) if callable(value) else on_device_of(t, value)
+    """The value at step t of a number or schedule.
+
+    A schedule that takes one step at a time, because it has an `if`, a `min` or `math.cos` in it, is called for each.
+    """
+    if not callable(value):
+        return on_device_of(t, value)
+    try:
+        return _tensor_like(t, value(t))
+    except (RuntimeError, TypeError, ValueError):
+        if t.numel() < 2:
+            raise
+        values = _one_by_one(value, t)
+        if values is None:
+            raise
+        return values
+
+
+def _one_by_one(schedule: Schedule, t: Tensor) -> Tensor | None:
+    """The values of a schedule at a vector of steps, from 0-dim ones; None if it does not take these either."""
+    try:
+        steps, where = torch.unique(t, return_inverse=True)
+        values = [torch.as_tensor(schedule(step), dtype=t.dtype, device=t.device).reshape(()) for step in steps]
+        return torch.stack(values)[where]
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _tensor_like(t: Tensor, value: Any) -> Any:
+    """What a schedule returned: with a function of numpy in it, an array or a number of its."""
+    if isinstance(value, np.ndarray):
+        return torch.as_tensor(value, dtype=t.dtype, device=t.device)
+    return plain(value)
 
 
 def warmup(value: Number, steps: int) -> Number:
     """Linear warmup: value * min(1, t / steps). The value itself for steps = 0."""
     check_number("warmup_steps", steps, 0, float("inf"), open_high=True)
+    value, steps = plain(value), plain(steps)
     if isinstance(steps, (int, float)) and steps == 0:
         return value
     length = float(steps) if isinstance(steps, int) else steps  # torch takes no int of more than 64 bits
@@ -49,6 +85,7 @@ def warmup(value: Number, steps: int) -> Number:
 def palm_beta2(scale: Number = 0.8) -> Decay:
     """PaLM's second-moment decay 1 - t^(-scale): 0 at t = 1 (Chowdhery et al. 2022, arXiv 2204.02311, section 5)."""
     check_number("beta2_scale", scale, 0, float("inf"), open_high=True)
+    scale = plain(scale)
     return Decay(lambda t: 1 - t ** -at(scale, t))
 
 
@@ -76,7 +113,7 @@ def per_leaf(counts: Flat, like: Flat, fn: Callable[[Tensor], Sequence[Any]]) ->
     opaque operation, so that a compiler does not recompute beta**t for every element of every tensor.
     """
     if not like:
-        return [{} for _ in fn(torch.ones(0, dtype=torch.float64))]
+        return [{} for _ in fn(torch.ones(1, dtype=torch.float64))]
     devices = dict.fromkeys([counts[k].device for k in like])
     if len(devices) > 1:
         parts = [{k: x for k, x in like.items() if counts[k].device == device} for device in devices]

@@ -16,10 +16,12 @@ a flat dict from path to tensor (`Leaves`), for instance "layer.0.weight", and a
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, cast
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor
@@ -107,16 +109,28 @@ P = ParamSpec("P")
 
 def remembered(factory: Callable[P, Transform]) -> Callable[P, Transform]:
     """A factory whose transforms pickle as the call that made them: the factory by its name, and the arguments, which
-    must pickle themselves, as functions of a module do and lambdas do not."""
+    must pickle themselves, as functions of a module do and lambdas do not. It takes numpy's numbers for Python's."""
 
     @functools.wraps(factory)
-    def make(*args: P.args, **kwargs: P.kwargs) -> Transform:
-        made = factory(*args, **kwargs)
-        if torch.compiler.is_compiling() or any(made is x for x in args):
+    def make(*given: P.args, **options: P.kwargs) -> Transform:
+        if torch.compiler.is_compiling():
+            return factory(*given, **options)
+        args, kwargs = tuple([plain(x) for x in given]), {k: plain(x) for k, x in options.items()}
+        made = cast(Callable[..., Transform], factory)(*args, **kwargs)
+        if any(made is x for x in args):
             return made
         return made._replace(made=Made(make, args, kwargs, made))
 
     return make
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy as Python's, also in a tuple or list. Anything else as it is."""
+    if isinstance(value, np.generic):
+        return float(value) if isinstance(value, np.floating) else value.item()
+    if type(value) in (tuple, list) and any(isinstance(x, np.generic) for x in value):
+        return type(value)(map(plain, value))
+    return value
 
 
 def _made_again(
@@ -473,6 +487,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 def check_int(name: str, value: Any, low: int) -> None:
     """Raise ValueError unless `value` is an int of at least `low`, and of 64 bits."""
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
         raise ValueError(f"{name}={value!r}: expected {'a positive int' if low == 1 else f'an int of at least {low}'}")
 
@@ -480,8 +495,9 @@ def check_int(name: str, value: Any, low: int) -> None:
 def check_number(
     name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
 ) -> None:
-    """Raise ValueError unless the Python number `value` lies in the range. Schedules and the values of tensors are not
-    looked at."""
+    """Raise ValueError unless the number `value`, and the float32 one that is computed with, lies in the range.
+    Schedules and the values of tensors are not looked at."""
+    value = plain(value)
     if isinstance(value, Tensor):
         if value.ndim or value.is_complex():
             raise ValueError(
@@ -494,9 +510,14 @@ def check_number(
         raise TypeError(
             f"{name}={value!r}: expected a number, a 0-dim tensor or a schedule, got {type(value).__name__}"
         )
-    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-    if inside and _LARGEST < abs(value) < float("inf"):
+
+    def inside(x: float) -> bool:
+        return (low < x if open_low else low <= x) and (x < high if open_high else x <= high)
+
+    if inside(value) and _LARGEST < abs(value) < float("inf"):
         raise ValueError(f"{name}={value!r}: expected a number that float32 can hold")
-    if not inside:
+    single = value if torch.compiler.is_compiling() or not inside(value) else ctypes.c_float(value).value
+    if not inside(single):
         left, right = "(" if open_low else "[", ")" if open_high else "]"
-        raise ValueError(f"{name}={value!r}: expected a number in {left}{low}, {high}{right}")
+        where = "" if single == value or not inside(value) else f", which is {single} in float32"
+        raise ValueError(f"{name}={value!r}{where}: expected a number in {left}{low}, {high}{right}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from hbfunc.exchange import hold_everywhere, is_sharded, local, placed
 from hbfunc.optim.guard import COUNTERS
 from hbfunc.optim.state import EMA
-from hbfunc.transform import Transform, compute_dtype
+from hbfunc.transform import Transform, compute_dtype, plain
 
 _FUNCTION = "function "  # what state dicts have in place of one: this and its name
 _COUNTS = ("count", "ema_count", *COUNTERS)
@@ -94,8 +94,8 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]] | None:
 
 def _matched(mine: list[str], theirs: list[str]) -> dict[str, str] | None:
     """For each of my names, the same one of theirs; None where there is no one-to-one."""
-    for plain in (str, _unwrapped):
-        own, other = {plain(name): name for name in mine}, {plain(name): name for name in theirs}
+    for bare in (str, _unwrapped):
+        own, other = {bare(name): name for name in mine}, {bare(name): name for name in theirs}
         if own.keys() == other.keys() and len(own) == len(mine) == len(theirs):
             return {own[name]: other[name] for name in own}
     return None
@@ -228,7 +228,7 @@ def _named(value: Any, option: str) -> Any:
         return f"{_FUNCTION}{getattr(value, '__name__', option)}"
     if option != "params" and isinstance(value, (list, tuple)) and any(map(_is_function, value)):
         return tuple(_named(x, option) for x in value)  # betas
-    return value
+    return plain(value)
 
 
 def _is_function(value: Any) -> bool:

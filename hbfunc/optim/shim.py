@@ -28,7 +28,7 @@ from hbfunc.optim.state import EMA
 from hbfunc.optim.unit import Unit
 from hbfunc.recipes.common import check_flags, check_value
 from hbfunc.schedules import ema_weight
-from hbfunc.transform import Leaves, Transform, as_real, check_dtype
+from hbfunc.transform import Leaves, Transform, as_real, check_dtype, plain
 from hbfunc.transforms.adaptive import ema
 
 
@@ -100,7 +100,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _resolved(self, name: str, value: Any) -> Any:
         if value is not use_default:
-            return value
+            return plain(value)
         attribute = getattr(self, name)
         return getattr(attribute, "__func__", attribute)  # a clipping function is no method, even if it looks like one
 
@@ -530,6 +530,7 @@ def trainable(group: Mapping[str, Any]) -> list[Tensor]:
 
 def _choice(value: Any, default: Any) -> Any:
     """An option as it shapes a graph: to it, all floats, tensors, and ints in the place of floats are the same."""
+    value = plain(value)
     if isinstance(value, (float, Tensor)) or (isinstance(default, float) and type(value) is int):
         return "number"
     return value

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from torch import Tensor
 
-from hbfunc.schedules import Number, count_zeros, increment, per_leaf
+from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
 from hbfunc.transform import (
     Leaves,
     State,
@@ -56,7 +56,7 @@ def _scaled(
         if not callable(value):
             return {k: fn(u, params[k], in_dtype_of(u, value), k in steps) for k, u in updates.items()}, {}
         t = increment(state["count"], updates)
-        (x,) = per_leaf(t, updates, lambda t: [value(t)])
+        (x,) = per_leaf(t, updates, lambda t: [at(value, t)])
         return {k: fn(u, params[k], x[k], k in steps) for k, u in updates.items()}, kept(state, count=t)
 
     return transform(init, update, name, ("steps",), elementwise=True, steps=steps)
