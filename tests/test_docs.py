@@ -29,6 +29,8 @@ def exists(dotted: str) -> bool:
         if hasattr(here, name):
             here = getattr(here, name)
         elif importlib.util.find_spec("hbfunc." + ".".join(parts[: i + 1])) is not None:
+            if i == len(parts) - 1:
+                return True  # perhaps one whose program is not installed
             here = importlib.import_module("hbfunc." + ".".join(parts[: i + 1]))
         else:
             return False

@@ -157,6 +157,9 @@ class MatricesTo(FromTransform):
             {"params": [pair for pair in pairs if chosen(*pair)], "transform": matrices},
             {"params": [pair for pair in pairs if not chosen(*pair)], "transform": adamw() if rest is None else rest},
         ]
+        for group in groups:
+            if not group["params"]:
+                group["param_names"] = []  # a group with no names otherwise, which torch refuses beside one with some
         super().__init__(groups, foreach=foreach, use_ema=use_ema, curvature=curvature, nonfinite=nonfinite)
 
 
