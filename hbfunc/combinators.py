@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.forms import short
 from hbfunc.nonfinite import NOTHING, select_leaves
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transform import (
@@ -43,29 +44,41 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
 
     The transform is rebuilt from the state at every update, so a value written there persists, one compiled graph
     serves every value, `torch.vmap` over the state is a sweep, and `torch.func.grad` by it gives a hypergradient.
-    Floats and 0-dim tensors are numbers; choices (bool, int, str), schedules and other objects stay in the closure.
-    Numbers take the dtype of the computation, integer tensors keep theirs.
+    Numbers and 0-dim tensors, of which the state has copies, are such numbers; choices (bool, str), schedules and other
+    objects stay in the closure, and so must an int that is a choice (a number of steps, say). Numbers take the dtype of
+    the computation, integer tensors keep theirs. Raises ValueError for a state whose "hyper" has other names.
 
         tx = with_hyperparameters(lambda lr: chain(scale_by_adam(), scale_by_learning_rate(lr)), lr=1e-3)
         state["hyper"]["lr"] = torch.tensor(1e-4)
     """
-    numbers = {k: v for k, v in values.items() if isinstance(v, (float, Tensor))}
+    numbers = {
+        k: v.clone() if isinstance(v, Tensor) else v
+        for k, v in values.items()
+        if isinstance(v, (int, float, Tensor)) and not isinstance(v, bool)
+    }
     choices = {k: v for k, v in values.items() if k not in numbers}
     built = factory(**values)
 
-    def init(params: Leaves) -> State:
+    def own(name: str, params: Leaves) -> Tensor:
         double = any(p.dtype == torch.float64 for p in params.values())
         device = next((p.device for p in params.values()), None)
-        dtype = torch.float64 if double else torch.float32
-        hyper = {k: _number(v, dtype, device) for k, v in numbers.items()}
+        return _number(numbers[name], torch.float64 if double else torch.float32, device)
+
+    def init(params: Leaves) -> State:
+        hyper = {k: own(k, params) for k in numbers}
         return {"hyper": hyper, **factory(**choices, **hyper).init(params)}
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
+        given = state.get("hyper")
+        if not isinstance(given, dict) or given.keys() != numbers.keys():
+            raise ValueError(_other_numbers(built.name, given, numbers, choices))
+        # None stands for the transform's own number, see `hbfunc.sweep`.
+        hyper = {k: own(k, params) if given[k] is None else given[k] for k in numbers}
         inner = {k: v for k, v in state.items() if k != "hyper"}
-        updates, inner = factory(**choices, **state["hyper"]).update(inner, updates, params, **extras)
-        return updates, {"hyper": state["hyper"], **inner}
+        updates, inner = factory(**choices, **hyper).update(inner, updates, params, **extras)
+        return updates, {"hyper": hyper, **inner}
 
     def refreshes(state: State) -> RefreshSchedule | None:
         inner = {k: v for k, v in state.items() if k != "hyper"}
@@ -79,7 +92,20 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=dtype, device=device)
-    return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+    return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
+
+
+def _other_numbers(name: str, given: Any, numbers: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
+    expected = ", ".join(map(repr, numbers)) or "no names"
+    if not isinstance(given, dict):
+        return f"the state of {name} lacks a dict 'hyper': expected one with {expected}"
+    unknown = [k for k in given if k not in numbers]
+    if not unknown:
+        missing = next(k for k in numbers if k not in given)
+        return f"state['hyper'] of {name} lacks {missing!r}: expected {expected}"
+    told = choices.get(unknown[0])
+    hint = f"; {unknown[0]} is a schedule of this transform, and not a number" if callable(told) else ""
+    return f"state['hyper'] of {name} has {unknown[0]!r}, which is not one of its numbers: expected {expected}{hint}"
 
 
 @remembered
@@ -106,7 +132,7 @@ def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor
         for k, v in found.items():
             if v not in transforms:
                 raise ValueError(
-                    f"labels gives params[{k!r}] {v!r}: expected one of {', '.join(map(repr, transforms))}"
+                    f"labels gives params[{k!r}] {short(v)}: expected one of {', '.join(map(repr, transforms))}"
                 )
         return found
 

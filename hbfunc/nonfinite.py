@@ -112,10 +112,10 @@ NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
 
 
 def select(condition: Tensor, new: Any, old: Any) -> Any:
-    """new where the 0-dim condition holds, else old, over nested dicts of tensors."""
+    """new where the 0-dim condition holds, else old, over nested dicts of tensors; new where old is None."""
     if isinstance(new, dict):
         return {k: select(condition, new[k], old[k]) for k in new}
-    return torch.where(condition.to(new.device), new, old)
+    return new if old is None else torch.where(condition.to(new.device), new, old)
 
 
 def _together(flags: list[Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ def select_leaves(
             always = torch.ones((), dtype=torch.bool, device=x.device) if shared is None else shared.to(x.device)
             rows = torch.stack([ok.get(path, always) for path in part])
             selected[k] = torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, old[k])
-        elif k in ok:
+        elif k in ok and old[k] is not None:
             selected[k] = torch.where(ok[k], x, old[k])
         else:
             selected[k] = x if shared is None else torch.where(shared.to(x.device), x, old[k])

@@ -29,36 +29,40 @@ from hbfunc.transform import (
     wrap,
 )
 
-STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @remembered
 def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | Tensor = 0) -> Transform:
-    """`inner` with its per-parameter tensors stored in `storage_dtype`, rounded stochastically from a key in the state.
+    """`inner` with its per-parameter tensors stored in `storage_dtype`.
 
-    "float32" stores what is computed (float64 for float64 parameters). Scalars and stacks of matrices stay as they are.
+    "float32" stores what is computed (float64 for float64 parameters), "float64" the same numbers in float64, and
+    "bfloat16" rounds them stochastically, from a key in the state. Scalars and stacks of matrices stay as they are.
     Raises ValueError for another name.
     """
     check_choice("storage_dtype", storage_dtype, tuple(STORAGE))
     if storage_dtype == "float32":
         return inner
     dtype = STORAGE[storage_dtype]
+    exact = dtype == torch.float64
 
     def init(params: Leaves) -> State:
         state = map_parameter_state(inner.init(params), params, lambda path, where, x: x.to(dtype))
-        return {**state, _storage(_storages(state) + 1): _keyed(params, seed)} if params else state
+        return {**state, _storage(_storages(state) + 1): _keyed(params, seed)} if params and not exact else state
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
         if not params:
             return inner.update(state, updates, params, **extras)
-        own = _storage(_storages(state))
-        keyed = state[own]
+        own = "" if exact else _storage(_storages(state))
         full = {k: v for k, v in state.items() if k != own}
         full = map_parameter_state(full, params, lambda path, where, x: x.to(compute_dtype(params[path])))
         present = params if inner.every_call else updates
         updates, new = inner.update(full, updates, params, **extras)
+        if exact:
+            return updates, map_parameter_state(new, params, lambda path, where, x: x.to(dtype))
+        keyed = state[own]
         t = increment(keyed["count"], present)
         entries: dict[str, dict[str, Tensor]] = {}
 
@@ -156,7 +160,7 @@ def map_parameter_state(state: State, params: Flat, fn: Callable[[str, str, Tens
     for k, v in state.items():
         if isinstance(v, dict):
             new[k] = map_parameter_state(v, params, fn, f"{where}/{k}")
-        elif k in params and v.ndim and v.shape == params[k].shape and v.is_floating_point():
+        elif k in params and isinstance(v, Tensor) and v.ndim and v.shape == params[k].shape and v.is_floating_point():
             new[k] = fn(k, where, v)
         else:
             new[k] = v

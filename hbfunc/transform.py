@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.autocast import as_around, in_own_precision, kinds_of
+from hbfunc.forms import apart, misfit, same_form, short, tensors
 
 Tree = Any
 State = dict[str, Any]
@@ -230,7 +231,12 @@ def flat_like(params: Leaves, tree: Tree, what: str = "grads", pairs: Collection
                 f"{what}[{path!r}] has shape {tuple(leaf.shape)}, "
                 f"expected {tuple(params[path].shape)}, that of params[{path!r}]"
             )
-    return {path: flat[path].to(compute_dtype(params[path])) for path in params if flat[path] is not None}
+    return {path: _to(flat[path], compute_dtype(params[path])) for path in params if flat[path] is not None}
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which under torch.compile is not known to be x itself."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -297,7 +303,12 @@ def transform(
             return update(state, grads, params, **extras)
         flat, back, pairs = _real_params(params, elementwise)
         kinds = kinds_of(flat.values())
-        given = flat_like(flat, grads, "grads", pairs)
+        try:
+            given = flat_like(flat, grads, "grads", pairs)
+        except (TypeError, ValueError) as error:
+            if _is_like(flat, state):
+                raise TypeError(_ORDER) from error
+            raise
         if extras.get("grads") is not None:
             extras["grads"] = flat_like(flat, extras["grads"], "grads", pairs)
         elif "grads" in needs:
@@ -305,8 +316,20 @@ def transform(
         if extras.get("curvature") is not None:
             product = as_around(extras["curvature"], kinds)
             extras["curvature"] = lambda v: flat_like(flat, product(back(v)), "curvature(v)", pairs)
-        updates, new = in_own_precision(lambda: update(state, given, flat, **extras), kinds)
-        return back(updates), new
+        try:
+            updates, new = in_own_precision(lambda: update(state, given, flat, **extras), kinds)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            amiss = misfit(state, init(flat))
+            if amiss is None:
+                raise
+            raise ValueError(amiss) from error
+        if not same_form(state, new) or any(u.shape != flat[k].shape for k, u in updates.items()):
+            amiss = misfit(state, init(flat))
+            if amiss is not None:
+                raise ValueError(amiss)
+        more = extras.get("grads") or {}
+        taken = dict.fromkeys([*tensors(state), *flat.values(), *given.values(), *more.values()])
+        return back(apart(updates, taken)), apart(new, taken)
 
     if not torch.compiler.is_compiling():
         # torch.compile counts its (few) permitted recompilations per code object: without one of their own, the tenth
@@ -352,6 +375,17 @@ def agreed(schedules: Sequence[RefreshSchedule | None]) -> RefreshSchedule | Non
     return schedule
 
 
+_ORDER = (
+    "update got gradients where the state is expected: the order is tx.update(state, grads, params), "
+    "not Optax's tx.update(grads, state, params)"
+)
+
+
+def _is_like(params: Leaves, tree: Any) -> bool:
+    """Whether a tree has the leaves of the parameters."""
+    return set(params) <= set(flatten(tree)[0])
+
+
 @remembered
 def chain(*transforms: Transform, name: str = "chain") -> Transform:
     """Feed each transform's updates to the next. The state is a dict keyed by their names (a second one gets "_2").
@@ -362,7 +396,9 @@ def chain(*transforms: Transform, name: str = "chain") -> Transform:
     """
     for t in transforms:
         if not isinstance(t, Transform):
-            raise TypeError(f"chain expects transforms, got {t!r}: call the factory, as in chain(scale_by_adam(), ...)")
+            raise TypeError(
+                f"chain expects transforms, got {short(t)}: call the factory, as in chain(scale_by_adam(), ...)"
+            )
     rounding = [t.rounding for t in transforms if t.rounding is not None]
     if any(t.rounding is not None for t in transforms[:-1]):
         transforms = (*transforms, rounding[-1]())
@@ -482,14 +518,16 @@ _LARGEST = torch.finfo(torch.float32).max
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={short(value)}: expected one of {', '.join(map(repr, choices))}")
 
 
 def check_int(name: str, value: Any, low: int) -> None:
     """Raise ValueError unless `value` is an int of at least `low`, and of 64 bits."""
     value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
-        raise ValueError(f"{name}={value!r}: expected {'a positive int' if low == 1 else f'an int of at least {low}'}")
+        raise ValueError(
+            f"{name}={short(value)}: expected {'a positive int' if low == 1 else f'an int of at least {low}'}"
+        )
 
 
 def check_number(
@@ -508,7 +546,7 @@ def check_number(
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
-            f"{name}={value!r}: expected a number, a 0-dim tensor or a schedule, got {type(value).__name__}"
+            f"{name}={short(value)}: expected a number, a 0-dim tensor or a schedule, got {type(value).__name__}"
         )
 
     def inside(x: float) -> bool:

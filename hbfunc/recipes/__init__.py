@@ -10,7 +10,8 @@ Arguments that all recipes share:
     betas: decays of the first and second moment; in the state, beta1 and beta2.
     eps: lower bound of the root of the second moment.
     weight_decay: decoupled, scaled by the same rate.
-    storage_dtype: "float32" (float64 for float64 parameters) or "bfloat16", stochastically rounded.
+    storage_dtype: of what is kept: "float32" (float64 for float64 parameters), "bfloat16", stochastically rounded, or
+    "float64".
     mars, mars_gamma: variance-reduced gradients. caution: drop the updates that go against the gradient;
     caution_scaling=False does not rescale the others.
     gradient_clipping, update_clipping: a documented name, a pure function of a list of tensors, a Transform, or None.

@@ -58,11 +58,11 @@ def _recipe(arguments: dict[str, Any]) -> Transform:
     choices = {k: arguments[k] for k in (*_CHOICES, "seed")}
     options = {k: v for k, v in arguments.items() if k not in _CHOICES}
     options["shampoo_beta"] = number("shampoo_beta", options["shampoo_beta"])
+    if not isinstance(options["precondition_frequency"], Tensor):  # a choice, though an int
+        choices["precondition_frequency"] = options.pop("precondition_frequency")
 
-    def rule(
-        beta1: Number, beta2: Number, eps: Any, shampoo_beta: Number, precondition_frequency: int | Tensor
-    ) -> Transform:
-        return scale_by_soap(beta1, beta2, shampoo_beta, eps, precondition_frequency=precondition_frequency, **choices)
+    def rule(beta1: Number, beta2: Number, eps: Any, shampoo_beta: Number, **frequency: Any) -> Transform:
+        return scale_by_soap(beta1, beta2, shampoo_beta, eps, **frequency, **choices)
 
     return around(rule, **options)
 

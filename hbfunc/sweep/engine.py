@@ -5,6 +5,7 @@ A lane is a dict of everything that a training needs to go on:
     params, buffers     as given; buffers {} where there are none
     state               the optimizer's, hyperparameters included
     design              the lane's column values, from which the optimizer is built at every step
+    links               which hyperparameters in the state are columns of the design, or functions of them
     key                 int64 [2], of the lane's seed: the source of dropout and other draws in the loss
     step                int64, steps done
     diverged_at         int64, the step at which loss or parameters were no longer finite, -1 while they are
@@ -24,18 +25,20 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hbfunc import random
-from hbfunc.sweep import designs, memory
-from hbfunc.sweep.results import Results
+from hbfunc.sweep import designs, links, memory
+from hbfunc.sweep.results import Array, Results
 from hbfunc.transform import Transform, Tree, apply_updates
 
 Lane = dict[str, Any]
@@ -46,6 +49,7 @@ Step = Callable[..., tuple[Lane, Metrics]]
 Factory = Transform | Callable[..., Transform]
 
 _EXTRAS = ("buffers", "key", "design")
+_ENTRIES = ("params", "buffers", "state", "design", "key", "step", "diverged_at")
 
 
 # One lane
@@ -84,7 +88,7 @@ def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = (
         rule = build(lane["design"])
         offered = {"refresh": refresh, "curvature": product if curvature else None}
         asked = {need: x for need, x in offered.items() if need in rule.needs}
-        updates, state = rule.update(lane["state"], grads, lane["params"], **asked)
+        updates, state = rule.update(_computed_anew(lane), grads, lane["params"], **asked)
         metrics = {k: v for k, v in aux.items() if k != "buffers"}
         new = {
             "params": apply_updates(lane["params"], updates),
@@ -92,7 +96,7 @@ def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = (
             "state": state,
             "step": lane["step"] + 1,
         }
-        return {**lane, **new}, {"loss": loss, **metrics}
+        return _apart(({**lane, **new}, {"loss": loss, **metrics}), (lane, batch))
 
     return step
 
@@ -118,60 +122,97 @@ def freeze(step: Step) -> Step:
 
 
 def hyper(lane: Lane, name: str) -> Tensor:
-    """The value of a hyperparameter now: 0-d, [K] for lanes. Names and errors as in `with_hyper`."""
-    found: Any = lane
-    for key in _place(lane, name):
-        found = found[key]
-    return found
+    """The value of a hyperparameter: 0-d, [K] for lanes. Names and errors as in `with_hyper`; one that is computed from
+    columns has the value that it had in the last step."""
+    return _at(lane, _place(lane, name)).clone()
 
 
-def with_hyper(lane: Lane, **values: Tensor | float) -> Lane:
-    """The lane, or lanes, with other hyperparameters: 0-d tensors, [K] for lanes, or numbers for all.
+def with_hyper(lane: Lane, /, **values: Tensor | float) -> Lane:
+    """A copy of the lane, or of lanes, with other hyperparameters: 0-d tensors, [K] for lanes, or numbers for all.
 
-    They are looked up in the state's "hyper", at any depth, else among the columns of the design, which is where the
-    numbers of a transform without `with_hyperparameters` are. Raises KeyError for a name that is nowhere or in several
-    places, ValueError for a tensor of another shape.
+    A name is that of a column of the design, or else of a hyperparameter in the state, at any depth: "lr", and where
+    several transforms have one, with their names in front: with_hyper(lane, **{"matrices.lr": 0.1}). What was computed
+    from a column goes on being computed from it: with tx = lambda log_lr: hbfunc.adamw(lr=10**log_lr), a new log_lr is
+    a new lr from the next step on.
+
+    Raises KeyError for a name that is nowhere or in several places, for a hyperparameter that is computed from columns,
+    and for what `init` has used already (a seed, PSGD's precond_init_scale); ValueError for a tensor of another shape.
     """
     for name, value in values.items():
-        old = hyper(lane, name)
-        if isinstance(value, Tensor) and value.shape != old.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)}")
-        new = value.to(old) if isinstance(value, Tensor) else torch.full_like(old, value)
-        lane = _replaced(lane, _place(lane, name), new)
-    return lane
+        place = _place(lane, name)
+        known = lane.get("links", {})
+        key = name if place[0] == "design" else place[1:]
+        if key in known.get("spent", {}):
+            raise KeyError(f"hyperparameter {name!r}: `init` has used it for the state, start new lanes to change it")
+        if key in known.get("computed", {}):
+            columns = ", ".join(map(repr, known["computed"][key]))
+            raise KeyError(f"hyperparameter {name!r} is computed from the design: expected a value for {columns}")
+        copies = known.get("copies", {}).get(name, {}) if place[0] == "design" else {}
+        for target in [place, *(("state", *copy) for copy in copies)]:
+            old = _at(lane, target)
+            if isinstance(value, Tensor) and value.shape != old.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)}")
+            new = value.to(old, copy=True) if isinstance(value, Tensor) else torch.full_like(old, value)
+            lane = _replaced(lane, target, new)
+    return pytree.tree_map(torch.clone, lane)
 
 
 def take(lanes: Lanes, index: int | slice | Tensor) -> Lanes:
-    """Lanes by index: one lane for an int, lanes for a slice or an int64 [k]."""
+    """Copies of lanes by index: one lane for an int, lanes for a slice or an int64 [k]."""
+    return pytree.tree_map(torch.clone, _taken(lanes, index))
+
+
+def _taken(lanes: Lanes, index: int | slice | Tensor) -> Lanes:
     return pytree.tree_map(lambda x: x[index], lanes)
 
 
 def _place(lane: Lane, name: str) -> tuple[str, ...]:
     """The keys that lead to a hyperparameter."""
-
-    def search(state: dict[str, Any], at: tuple[str, ...]) -> list[tuple[str, ...]]:
-        found = [(*at, "hyper", name)] if name in state.get("hyper", {}) else []
-        inner = {k: v for k, v in state.items() if isinstance(v, dict) and k != "hyper"}
-        return found + [place for k, v in inner.items() for place in search(v, (*at, k))]
-
-    places = search(lane["state"], ("state",)) or [("design", name)] * (name in lane["design"])
-    if len(places) != 1:
-        where = ", ".join("/".join(p) for p in places) or "neither the state nor the design"
+    if name in lane["design"]:
+        return "design", name
+    found = [("state", *place) for place in links.named(lane["state"], name)]
+    if len(found) != 1:
+        where = ", ".join("/".join(p) for p in found) or "neither the state nor the design"
         raise KeyError(f"hyperparameter {name!r}: expected it in one place, found it in {where}")
-    return places[0]
+    return found[0]
 
 
-def _replaced(tree: dict[str, Any], place: tuple[str, ...], value: Tensor) -> dict[str, Any]:
+def _at(tree: dict[str, Any], place: Sequence[str]) -> Any:
+    for key in place:
+        tree = tree[key]
+    return tree
+
+
+def _replaced(tree: dict[str, Any], place: Sequence[str], value: Tensor | None) -> dict[str, Any]:
     key, *rest = place
-    return {**tree, key: _replaced(tree[key], tuple(rest), value) if rest else value}
+    return {**tree, key: _replaced(tree[key], rest, value) if rest else value}
+
+
+def _computed_anew(lane: Lane) -> dict[str, Any]:
+    """The lane's state, without the hyperparameters that the transform is to take from the columns of the design."""
+    state = lane["state"]
+    for place in lane.get("links", {}).get("computed", {}):
+        state = _replaced(state, place, None)
+    return state
+
+
+def _apart(tree: Any, given: Any) -> Any:
+    """The tree, with copies of the tensors that it has from `given`."""
+    taken = dict.fromkeys(x for x in pytree.tree_leaves(given) if isinstance(x, Tensor))
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x in taken else x, tree)
 
 
 def _builder(tx: Factory) -> Callable[[Mapping[str, Any]], Transform]:
-    """From a lane's columns to its optimizer. "seed" is left out where the factory does not ask for it."""
+    """From a lane's columns to its optimizer. Left out are "seed", where the factory does not ask for it, and names
+    with dots, which are those of hyperparameters in the state."""
     if isinstance(tx, Transform):
         return lambda columns: tx
     wanted = _arguments(tx)
-    return lambda columns: tx(**{k: v for k, v in columns.items() if wanted is None or k in wanted})
+
+    def build(columns: Mapping[str, Any]) -> Transform:
+        return tx(**{k: v for k, v in columns.items() if "." not in k and (wanted is None or k in wanted)})
+
+    return build
 
 
 def _arguments(tx: Factory) -> set[str] | None:
@@ -200,17 +241,19 @@ def init(
     params: a tree of tensors that all lanes start from; a function from a seed to one, for an initialisation per value
         of the column "seed" (see `seeded`); with `stacked`, a tree of [K, ...] tensors, and so are the buffers
         (torch.func.stack_module_state).
-    tx: a factory whose arguments name all columns, but for "seed", which it may leave out; a Transform when "seed" is
-        the only one. Seeds are int64, other columns float32 (float64 for float64 parameters), 0-d.
+    tx: a factory whose arguments name all columns, but for "seed", which it may leave out; a Transform where "seed" is
+        the only one. A column whose name has dots is a hyperparameter of the state, {"matrices.lr": [0.1, 0.2]}, as in
+        `with_hyper`. Seeds are int64, other columns float32 (float64 for float64 parameters), 0-d.
 
-    Raises ValueError for a column that the factory does not take and for stacks of another length than K, TypeError
-    for a hyperparameter whose value the factory looks at: it changes the structure, so it needs a sweep per value.
+    Whatever comes is detached and copied. Raises ValueError for a column that the factory does not take or that is no
+    hyperparameter of the state, and for stacks of another length than K; TypeError for a hyperparameter whose value the
+    factory looks at: it changes the structure, so it needs a sweep per value.
     """
     design = designs.design(design)
     k = designs.size(design)
     wanted = _arguments(tx)
     for name in design:
-        if wanted is not None and name not in wanted and name != "seed":
+        if wanted is not None and name not in wanted and name != "seed" and "." not in name:
             hint = "pass a factory, such as lambda lr: hbfunc.adamw(lr=lr)" if not wanted else f"it takes {wanted}"
             raise ValueError(f"design has a column {name!r}, which is no argument of tx: {hint}")
     if callable(params):
@@ -218,7 +261,7 @@ def init(
             raise ValueError("params is a function of the seed: the design needs a column 'seed'")
         seeds = design["seed"].tolist()
         drawn = {seed: params(seed) for seed in sorted(set(seeds))}
-        params = pytree.tree_map(lambda *xs: torch.stack(xs), *[drawn[seed] for seed in seeds])
+        params = pytree.tree_map(lambda *xs: torch.stack(xs).detach(), *[drawn[seed] for seed in seeds])
         buffers = _spread("buffers", buffers or {}, k, stacked)
     else:
         params, buffers = (_spread(*named, k, stacked) for named in (("params", params), ("buffers", buffers or {})))
@@ -236,7 +279,7 @@ def init(
         return {
             "params": params,
             "buffers": buffers,
-            "state": build(columns).init(params),
+            "state": _by_path(build(columns).init(params), columns),
             "design": columns,
             "key": random.key(columns["seed"]) if "seed" in columns else random.key(0, first.device),
             "step": count,
@@ -253,7 +296,39 @@ def init(
             "not only a number in it; run one sweep per value"
         ) from error
     # Copies: where two entries are one tensor, torch.compile makes that a condition of its graph.
-    return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), lanes)
+    lanes = pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), lanes)
+    lane = _taken(lanes, 0)
+    lanes["links"] = _linked(links.find(build, lane["design"], lane["params"]), lane["state"], columns)
+    return lanes
+
+
+def _by_path(state: dict[str, Any], columns: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state with the values of the columns that have dots in their names."""
+    for name, value in columns.items():
+        if "." in name:
+            places = links.named(state, name)
+            if len(places) != 1:
+                found = ", ".join("/".join(place) for place in places) or "none there"
+                raise ValueError(
+                    f"design has a column {name!r}: expected one hyperparameter of that name, found {found}"
+                )
+            state = _replaced(state, places[0], value.to(_at(state, places[0])))
+    return state
+
+
+def _linked(found: links.Links, state: dict[str, Any], columns: Mapping[str, Tensor]) -> links.Links:
+    """The links, with those of the columns that have dots in their names."""
+    for name in columns:
+        if "." in name:
+            place = links.named(state, name)[0]
+            other = [column for column, places in found["copies"].items() if place in places]
+            other += found["computed"].get(place, {})
+            if other:
+                raise ValueError(f"design has columns {name!r} and {other[0]!r} for one hyperparameter: expected one")
+            if place in found["spent"]:
+                raise ValueError(f"design has a column {name!r}, which `init` uses: expected an argument of tx for it")
+            found["copies"][name] = {place: {}}
+    return found
 
 
 def _spread(what: str, tree: Tree, k: int, stacked: bool) -> Tree:
@@ -261,7 +336,7 @@ def _spread(what: str, tree: Tree, k: int, stacked: bool) -> Tree:
     for x in pytree.tree_leaves(tree):
         if stacked and x.shape[:1] != (k,):
             raise ValueError(f"{what} are stacked, of shape {tuple(x.shape)}: expected [{k}, ...], one row per lane")
-    return tree if stacked else pytree.tree_map(lambda x: x.detach().expand(k, *x.shape), tree)
+    return pytree.tree_map(lambda x: x.detach() if stacked else x.detach().expand(k, *x.shape), tree)
 
 
 def _structural(build: Callable[[Mapping[str, Any]], Transform], columns: dict[str, Tensor]) -> str:
@@ -276,24 +351,77 @@ def _structural(build: Callable[[Mapping[str, Any]], Transform], columns: dict[s
     return ", ".join(found) or "a hyperparameter"
 
 
-def vectorize(step: Step, compile: bool | str | Callable[..., Any] = False) -> Callable[..., tuple[Lanes, Metrics]]:
-    """`step` mapped over lanes, all with the same batch: (lanes, batch, refresh=None) -> (lanes, metrics [K] each).
+def vectorize(
+    step: Step, compile: bool | str | Callable[..., Any] = False, lane_batches: bool | None = None
+) -> Callable[..., tuple[Lanes, Metrics]]:
+    """`step` mapped over lanes: (lanes, batch, refresh=None) -> (lanes, metrics [K] each).
 
     compile: True, a mode of torch.compile, or a function to compile with. One graph per value of `refresh` and shape;
     new hyperparameters, in any lane, need none.
+    lane_batches: whether a batch has a row for each lane, tensors [K, ...] all through, or is one for all. None: one
+        for all, and ValueError where all of its tensors have K rows, so that it could be either.
+
+    A step raises ValueError for a batch with another number of rows than there are lanes, and RuntimeError for a loss
+    that draws random numbers in torch's way, or looks at the value of a tensor.
     """
 
     def lanes_step(lanes: Lanes, batch: Any, refresh: Refresh = None) -> tuple[Lanes, Metrics]:
+        if lane_batches:
+            dims = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batch)
+            return torch.vmap(lambda lane, batch: step(lane, batch, refresh=refresh), (0, dims))(lanes, batch)
         return torch.vmap(lambda lane: step(lane, batch, refresh=refresh))(lanes)
 
-    if not compile:
-        return lanes_step
-    # A code object of its own: torch.compile counts its permitted recompilations per code object.
-    lanes_step.__code__ = lanes_step.__code__.replace(co_name="lanes_step")
-    if callable(compile):
-        return compile(lanes_step)
-    mode = compile if isinstance(compile, str) else None
-    return torch.compile(lanes_step, fullgraph=True, dynamic=False, mode=mode)
+    if compile:
+        # A code object of its own: torch.compile counts its permitted recompilations per code object.
+        lanes_step.__code__ = lanes_step.__code__.replace(co_name="lanes_step")
+        mode = compile if isinstance(compile, str) else None
+        fast = compile if callable(compile) else partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+        mapped = fast(lanes_step)
+    else:
+        mapped = lanes_step
+
+    def checked(lanes: Lanes, batch: Any, refresh: Refresh = None) -> tuple[Lanes, Metrics]:
+        _check_batch(batch, len(lanes["step"]), lane_batches)
+        try:
+            return mapped(lanes, batch, refresh)
+        except RuntimeError as error:
+            for sign, advice in _ADVICE.items():
+                if sign in str(error):
+                    raise RuntimeError(advice) from error
+            raise
+
+    return checked
+
+
+# What torch says where a loss cannot be mapped, and what to do about it.
+_ADVICE = {
+    "random operation": (
+        "the loss calls a random operation of torch, whose generator lanes do not have: draw from the lane's key, "
+        'which needs=["key"] hands to the loss, with hbfunc.sweep.dropout or hbfunc.random; hbfunc.sweep.functional '
+        "makes a module's nn.Dropout layers do so; attention needs dropout_p=0"
+    ),
+    ".item()": (
+        "the loss looks at the value of a tensor, which is another one in every lane: compute with tensors "
+        "(torch.where in place of `if`), and give BatchNorm(momentum=None) a momentum"
+    ),
+    "data-dependent control flow": (
+        "the loss decides by the value of a tensor, which is another one in every lane: torch.where in place of `if`"
+    ),
+}
+
+
+def _check_batch(batch: Any, k: int, lane_batches: bool | None) -> None:
+    """Raise ValueError for a batch that has not a row for each lane, or that may have, where nobody said so."""
+    shapes = [tuple(x.shape) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+    if lane_batches:
+        for shape in shapes:
+            if shape[:1] != (k,):
+                raise ValueError(f"lane_batches=True: the batch has a tensor of shape {shape}, expected [{k}, ...]")
+    elif lane_batches is None and shapes and all(shape[:1] == (k,) for shape in shapes):
+        raise ValueError(
+            f"the batch has {k} rows, as many as there are lanes: expected lane_batches=True for a row for each lane, "
+            "or lane_batches=False for one batch for all"
+        )
 
 
 # A sweep
@@ -324,6 +452,7 @@ def stream(
     evaluate: Callable[[Lane], Metrics] | None = None,
     every: int = 1,
     compile: bool | str | Callable[..., Any] = False,
+    lane_batches: bool | None = None,
     chunk: int | None = None,
     memory_bytes: int | None = None,
     tick: Callable[[int], object] = lambda lanes: None,
@@ -335,10 +464,13 @@ def stream(
     steps: how many; by default len(batches).
     refresh: a function of the step, decided here for all lanes; None: in the graph, where each decides for itself.
     evaluate: lane -> metrics (0-d), computed with the events; NaN for diverged lanes.
-    compile: see `vectorize`.
+    compile, lane_batches: see `vectorize`; K is that of the design, whatever the chunks.
     chunk: lanes at once. By default as many as fit into `memory_bytes`, by default half of the free memory, counted
         in one step with one lane and one with two. Chunks have the same size: the last is padded with its own lanes.
     tick: called after each step with its number of lanes.
+
+    Whatever the tensors that come require, no graph is kept from one step to the next. An event's lanes are those that
+    are trained on: to be read, and copied (`take`) to be kept.
 
     Raises ValueError for arguments out of range, TypeError for batches that cannot be read twice.
     """
@@ -349,10 +481,18 @@ def stream(
         raise ValueError(f"every={every}, chunk={chunk}: expected positive numbers")
 
     one_step = freeze(make_step(loss_fn, tx, needs, curvature=curvature))
-    step, plain = vectorize(one_step, compile), vectorize(one_step)
+    step, plain = (vectorize(one_step, how, bool(lane_batches)) for how in (compile, False))
     measure = torch.vmap(_evaluator(evaluate)) if evaluate else None
-    batch = batches if callable(batches) else lambda t: batches[t - 1]
+    given = batches if callable(batches) else lambda t: batches[t - 1]
     at = refresh or (lambda t: None)
+
+    def batch(t: int, rows: Tensor) -> Any:
+        """The batch of step t for these lanes."""
+        one = given(t)
+        _check_batch(one, k, lane_batches)
+        if not lane_batches:
+            return one
+        return pytree.tree_map(lambda x: x[rows.to(x.device)] if isinstance(x, Tensor) else x, one)
 
     def begin(rows: Tensor) -> Lanes:
         part = {name: column[rows.to(column.device)] for name, column in design.items()}
@@ -363,29 +503,37 @@ def stream(
         """By a step of so many lanes: of the kinds of step that the first hundred have, the largest."""
 
         def work(value: Refresh) -> None:
-            new, _ = plain(begun, batch(1), refresh=value)
+            new, _ = plain(begun, batch(1, rows), refresh=value)
             if measure:
                 measure(new)
 
-        begun = begin(torch.arange(lanes) % k)
+        rows = torch.arange(lanes) % k
+        begun = begin(rows)
         held = sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(begun))
         kinds = {at(t) for t in range(1, min(steps, 100) + 1)}
         return held + max(memory.peak_bytes(partial(work, kind)) for kind in kinds)
 
-    if chunk is None:
+    def fitting() -> int:
+        """How many lanes to train at once."""
         device = next(x.device for x in pytree.tree_leaves(begin(torch.zeros(1, dtype=torch.int64))["params"]))
         budget = memory.available(device) // 2 if memory_bytes is None else memory_bytes
-        chunk = memory.chunk_size(k, bytes_held(1), bytes_held(2), budget)
+        return memory.chunk_size(k, bytes_held(1), bytes_held(2), budget)
 
+    if chunk is None:
+        with torch.no_grad():
+            chunk = fitting()
     for start in range(0, k, chunk):
         n = min(chunk, k - start)
-        lanes = begin(torch.arange(start, start + min(chunk, k)).clamp(max=k - 1))
+        rows = torch.arange(start, start + min(chunk, k)).clamp(max=k - 1)
+        lanes = begin(rows)
         for t in range(1, steps + 1):
-            lanes, metrics = step(lanes, batch(t), refresh=at(t))
+            with torch.no_grad():  # of the steps together: each takes its own gradient
+                lanes, metrics = step(lanes, batch(t, rows), refresh=at(t))
+                if t % every == 0 or t == steps:
+                    metrics = {**metrics, **(measure(lanes) if measure else {})}
             tick(n)
             if t % every == 0 or t == steps:
-                metrics = {**metrics, **(measure(lanes) if measure else {})}
-                yield Event(start, t, {name: m[:n] for name, m in metrics.items()}, take(lanes, slice(n)))
+                yield Event(start, t, {name: m[:n] for name, m in metrics.items()}, _taken(lanes, slice(n)))
 
 
 def run(
@@ -405,31 +553,54 @@ def run(
     progress: a tqdm bar; None shows one on a terminal if tqdm is installed.
     options: the keywords of `stream`.
 
-    Raises ImportError when progress=True and tqdm is not installed, and what `stream` raises.
+    Once trained, lanes are not lost for a report that fails: a bar that breaks, or a metric of changing shape, is left
+    out with a warning. Raises ImportError when progress=True and tqdm is not installed, ValueError for an entry to keep
+    that lanes do not have, and what `stream` raises.
     """
     design = designs.design(design)
     k = designs.size(design)
     steps = _steps(batches, options.pop("steps", None))
-    recorded: dict[int, dict[str, list[Tensor]]] = {}
+    if unknown := set(keep) - set(_ENTRIES):
+        raise ValueError(f"keep={min(unknown)!r}: expected some of {', '.join(map(repr, _ENTRIES))}")
+    recorded: dict[int, dict[str, list[Array]]] = {}
     kept: list[Lanes] = []
     diverged: list[Tensor] = []
-    with _bar(progress, k * steps) as bar:
-        tick = bar.update if bar is not None else lambda lanes: None
-        with closing(stream(loss_fn, tx, params, design, batches, steps=steps, tick=tick, **options)) as events:
-            for event in events:
-                for name, m in event.metrics.items():
-                    recorded.setdefault(event.step, {}).setdefault(name, []).append(m)
-                if event.step == steps:
-                    kept.append(pytree.tree_map(lambda x: x.detach().cpu(), {name: event.lanes[name] for name in keep}))
-                    diverged.append(event.lanes["diverged_at"])
-    names = list(next(iter(recorded.values())))
+    with (
+        _Bar(progress, k * steps) as bar,
+        closing(stream(loss_fn, tx, params, design, batches, steps=steps, tick=bar.tick, **options)) as events,
+    ):
+        for event in events:
+            for name, m in event.metrics.items():
+                recorded.setdefault(event.step, {}).setdefault(name, []).append(_array(m))
+            if event.step == steps:
+                kept.append(pytree.tree_map(lambda x: x.detach().cpu(), {name: event.lanes[name] for name in keep}))
+                diverged.append(event.lanes["diverged_at"])
     return Results(
         design={name: column.cpu().numpy() for name, column in design.items()},
         steps=torch.tensor(list(recorded)).numpy(),
-        metrics={n: torch.stack([torch.cat(m[n]) for m in recorded.values()]).cpu().numpy() for n in names},
+        metrics=_tables(list(recorded.values()), k),
         diverged_at=torch.cat(diverged).cpu().numpy(),
         lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *kept) if keep else {},
     )
+
+
+def _array(x: Tensor) -> Array:
+    """A metric as NumPy has it, which knows no bfloat16."""
+    x = x.detach().cpu()
+    return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _tables(events: list[dict[str, list[Array]]], k: int) -> dict[str, Array]:
+    """By metric, its values at all events, [E, K]; NaN where an event has none. What has no such table is left out with
+    a warning: the training is done, and its other results are kept."""
+    tables = {}
+    for name in dict.fromkeys(name for event in events for name in event):
+        missing = [np.full(k, np.nan)]
+        try:
+            tables[name] = np.stack([np.concatenate(event.get(name, missing)) for event in events])
+        except ValueError as error:
+            warnings.warn(f"metric {name!r} is left out of the results: {error}", stacklevel=3)
+    return tables
 
 
 def _steps(batches: Sequence[Any] | Callable[[int], Any], steps: int | None) -> int:
@@ -464,12 +635,34 @@ def _evaluator(evaluate: Callable[[Lane], Metrics]) -> Callable[[Lane], Metrics]
     return measure
 
 
-def _bar(progress: bool | None, total: int) -> Any:
-    installed = importlib.util.find_spec("tqdm") is not None
-    if progress and not installed:
-        raise ImportError("progress=True needs tqdm: python -m pip install 'hbfunc[demo]'")
-    if progress is False or not installed:
-        return nullcontext()
-    from tqdm import tqdm
+class _Bar:
+    """A tqdm bar, or none. When it fails (a terminal that went away, say), the training goes on without it."""
 
-    return tqdm(total=total, unit="lane-step", dynamic_ncols=True, disable=None if progress is None else False)
+    def __init__(self, progress: bool | None, total: int) -> None:
+        installed = importlib.util.find_spec("tqdm") is not None
+        if progress and not installed:
+            raise ImportError("progress=True needs tqdm: python -m pip install 'hbfunc[demo]'")
+        self.bar: Any = None
+        if installed and progress is not False:
+            from tqdm import tqdm
+
+            quiet = None if progress is None else False
+            self.bar = tqdm(total=total, unit="lane-step", dynamic_ncols=True, disable=quiet)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._try("close")
+
+    def tick(self, lanes: int) -> None:
+        """So many lanes have made a step."""
+        self._try("update", lanes)
+
+    def _try(self, what: str, *args: Any) -> None:
+        if self.bar is not None:
+            try:
+                getattr(self.bar, what)(*args)
+            except Exception as error:
+                self.bar = None
+                warnings.warn(f"no progress bar any more: {error!r}", stacklevel=4)

@@ -31,7 +31,7 @@ from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
 from hbfunc.distributed import on_owners
 from hbfunc.linalg import kron
-from hbfunc.precision import round_each
+from hbfunc.precision import STORAGE, round_each
 from hbfunc.schedules import Number, at, count_zeros, increment
 from hbfunc.transform import (
     Flat,
@@ -85,7 +85,8 @@ def scale_by_psgd(
     momentum_into_precond_update: fit on the updates; False fits on `grads`, what the chain was given.
     merge_dims: multiply dims together up to max_size_triangular. split: cut larger ones into blocks of that size.
     store_triu_as_line: pack triangles into vectors: half the memory, the same numbers.
-    q_dtype: of the factors: "float32" (float64 for float64 parameters), or "bfloat16", stochastically rounded.
+    q_dtype: of the factors as they are kept: "float32" (float64 for float64 parameters), "bfloat16", stochastically
+        rounded, or "float64".
     cached: keep Q^T Q too, which halves the work of a step without a fit.
     curvature: fit on h = H v, which `update` gets by keyword as a function of v, shaped like the parameters:
 
@@ -108,7 +109,7 @@ def scale_by_psgd(
     check_int("max_size_triangular", max_size_triangular, 1)
     check_int("min_ndim_triangular", min_ndim_triangular, 0)
     check_choice("memory_save_mode", memory_save_mode, (None, "one_diag", "all_diag"))
-    check_choice("q_dtype", q_dtype, ("float32", "bfloat16"))
+    check_choice("q_dtype", q_dtype, tuple(STORAGE))
 
     def plan(params: Flat) -> dict[str, Factors]:
         """Leaves of few dims have buckets of their own: they are diagonal, and merging can give others their shape."""
@@ -127,7 +128,8 @@ def scale_by_psgd(
         diagonal = {None: (), "one_diag": (largest,), "all_diag": range(len(bucket.shape))}[mode]
         triangular = [1 < n <= max_size_triangular and d not in diagonal for d, n in enumerate(bucket.shape)]
         dtype = compute_dtype(params[bucket.paths[0]])
-        return Factors(bucket, tuple(triangular), dtype, store_triu_as_line, q_dtype == "bfloat16", cached)
+        kept_in = dtype if q_dtype == "float32" else STORAGE[q_dtype]
+        return Factors(bucket, tuple(triangular), dtype, store_triu_as_line, kept_in, cached)
 
     def init(params: Leaves) -> State:
         state: State = {"count": count_zeros(params)}
@@ -263,8 +265,13 @@ class Factors(NamedTuple):
     triangular: tuple[bool, ...]  # [k, d, d] or [k, d]
     dtype: torch.dtype  # of the computation
     packed: bool  # triangles as [k, d (d + 1) / 2]
-    low: bool  # in bfloat16
+    kept_in: torch.dtype
     cached: bool  # with Q^T Q, [k, d, d] or [k, d]
+
+    @property
+    def low(self) -> bool:
+        """Whether the factors are rounded to be kept."""
+        return self.kept_in == torch.bfloat16
 
     @property
     def fields(self) -> list[str]:
@@ -280,7 +287,7 @@ class Factors(NamedTuple):
 
     def store(self, qs: Sequence[Tensor]) -> list[Tensor]:
         """The factors as they are kept."""
-        qs = [q.to(torch.bfloat16) for q in qs] if self.low else qs
+        qs = [q.to(self.kept_in) for q in qs]
         cache = kron.gram([q.to(self.dtype) for q in qs]) if self.cached else []
         return [kron.pack(q) if t and self.packed else q for q, t in zip(qs, self.triangular, strict=True)] + cache
 

@@ -1,0 +1,91 @@
+"""How the hyperparameters in a lane's state hang on the columns of its design.
+
+    lane["links"]["copies"]     column -> places: the hyperparameters that are the column itself
+    lane["links"]["computed"]   place -> columns: those that are functions of columns, computed at every step
+    lane["links"]["spent"]      columns and places that `init` has used for other entries of the state
+
+The leaves of these dicts are empty dicts, so that a lane has tensors only. A place is the tuple of the keys to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from hbfunc.optim.state import Place, hyper_names, hyper_places, places
+from hbfunc.transform import State, Transform, Tree
+
+Names = dict[Any, dict[Any, Any]]
+Links = dict[str, Any]
+
+
+def find(build: Callable[[Mapping[str, Any]], Transform], columns: Mapping[str, Tensor], params: Tree) -> Links:
+    """The links of a lane with these columns (0-d) and parameters."""
+    with _Trace() as trace:
+        state = build(columns).init(params)
+    used = {i for _, x in places(state) for i in trace.sources(x)}
+    copies: Names = {}
+    computed: Names = {}
+    spent: Names = {name: {} for name, x in columns.items() if id(x) in used}
+    for place, x in hyper_places(state):
+        source, sources = trace.copied(x), trace.sources(x)
+        if id(x) in used:
+            spent[place] = {}
+        for name, column in columns.items():
+            if column is source:
+                copies.setdefault(name, {})[place] = {}
+            elif id(column) in sources:
+                computed.setdefault(place, {})[name] = {}
+    return {"copies": copies, "computed": computed, "spent": spent}
+
+
+class _Trace(TorchFunctionMode):
+    """Remembers which tensors every tensor was computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[int, list[Tensor]] = {}
+        self.same: dict[int, Tensor] = {}
+        self.alive: list[Any] = []  # an id must not come twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, Tensor):
+                others = [y for y in given if y is not x]
+                self.inputs.setdefault(id(x), []).extend(others)
+                if others and func.__name__ in ("to", "clone", "detach") and others[0].dtype == x.dtype:
+                    self.same.setdefault(id(x), others[0])
+                self.alive += [x, *others]
+        return out
+
+    def sources(self, x: Tensor) -> set[int]:
+        """The ids of all tensors that x was computed from, its own among them."""
+        found: set[int] = set()
+        todo = [x]
+        while todo:
+            x = todo.pop()
+            if id(x) not in found:
+                found.add(id(x))
+                todo += self.inputs.get(id(x), [])
+        return found
+
+    def copied(self, x: Tensor) -> Tensor:
+        """The tensor that x is a copy, of a copy, of."""
+        while id(x) in self.same:
+            x = self.same[id(x)]
+        return x
+
+
+def named(state: State, name: str) -> list[Place]:
+    """The places of the hyperparameters called so: "lr", "matrices.lr", or as much of the path as it takes."""
+    short = hyper_names(dict(hyper_places(state)))
+    full = {place: ".".join(key for key in place if key not in ("hyper", "inner")) for place in short}
+    found = [place for place, path in full.items() if path == name or path.endswith(f".{name}")]
+    exact = [place for place in found if short[place] == name]
+    return exact if len(exact) == 1 else found
