@@ -59,13 +59,13 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
     choices = {k: v for k, v in values.items() if k not in numbers}
     built = factory(**values)
 
-    def own(name: str, params: Leaves) -> Tensor:
+    def tensor(value: float | Tensor, params: Leaves) -> Tensor:
         double = any(p.dtype == torch.float64 for p in params.values())
         device = next((p.device for p in params.values()), None)
-        return _number(numbers[name], torch.float64 if double else torch.float32, device)
+        return _number(value, torch.float64 if double else torch.float32, device)
 
     def init(params: Leaves) -> State:
-        hyper = {k: own(k, params) for k in numbers}
+        hyper = {k: tensor(v, params) for k, v in numbers.items()}
         return {"hyper": hyper, **factory(**choices, **hyper).init(params)}
 
     def update(
@@ -75,7 +75,8 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         if not isinstance(given, dict) or given.keys() != numbers.keys():
             raise ValueError(_other_numbers(built.name, given, numbers, choices))
         # None stands for the transform's own number, see `hbfunc.sweep`.
-        hyper = {k: own(k, params) if given[k] is None else given[k] for k in numbers}
+        values = {k: v if given[k] is None else given[k] for k, v in numbers.items()}
+        hyper = {k: v if v is given[k] and isinstance(v, Tensor) else tensor(v, params) for k, v in values.items()}
         inner = {k: v for k, v in state.items() if k != "hyper"}
         updates, inner = factory(**choices, **hyper).update(inner, updates, params, **extras)
         return updates, {"hyper": hyper, **inner}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 
-def tensors(state: State) -> list[Tensor]:
+def tensors(state: dict[str, Any]) -> list[Tensor]:
     """The tensors of nested dicts."""
     return [x for v in state.values() for x in (tensors(v) if isinstance(v, dict) else [v]) if isinstance(x, Tensor)]
 
@@ -27,7 +27,7 @@ def apart(tree: dict[str, Any], taken: dict[Tensor, None]) -> dict[str, Any]:
     return new
 
 
-def same_form(given: Any, new: State) -> bool:
+def same_form(given: Any, new: dict[str, Any]) -> bool:
     """Whether a state has the keys and shapes of the one it was computed from, as all have but those that were made
     for other parameters or by another transform. Hyperparameters are not looked at."""
     if not isinstance(given, dict) or given.keys() != new.keys():
@@ -42,7 +42,7 @@ def same_form(given: Any, new: State) -> bool:
     return True
 
 
-def misfit(state: Any, expected: State, where: str = "state") -> str | None:
+def misfit(state: Any, expected: dict[str, Any], where: str = "state") -> str | None:
     """What is wrong with a state, whose form is to be that of `expected`; None if nothing is. Values are not looked at,
     nor are hyperparameters, which name themselves."""
     if not isinstance(state, dict):
