@@ -125,7 +125,7 @@ def column(name: str, values: Any) -> Tensor:
     if whole and exact.is_floating_point():
         raise TypeError(f"{name}: expected integers, got {exact.dtype}")
     if isinstance(values, Tensor) or whole:
-        return exact.detach().to(torch.int64 if whole else torch.float64)
+        return exact.detach().to(torch.int64 if whole else torch.float64, copy=True)
     return torch.tensor([float(v) for v in values], dtype=torch.float64)  # not by way of float32
 
 
