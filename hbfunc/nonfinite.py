@@ -153,8 +153,10 @@ def select_leaves(
             selected[k] = torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, old[k])
         elif k in ok and old[k] is not None:
             selected[k] = torch.where(ok[k], x, old[k])
+        elif shared is None or old[k] is None:
+            selected[k] = x
         else:
-            selected[k] = x if shared is None else torch.where(shared.to(x.device), x, old[k])
+            selected[k] = torch.where(shared.to(x.device), x, old[k])
     return selected
 
 
