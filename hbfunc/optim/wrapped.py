@@ -153,7 +153,7 @@ class MatricesTo(FromTransform):
         if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
             raise TypeError("named_params: expected (name, parameter) pairs, such as model.named_parameters()")
         chosen = chooses_matrices(exclude)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [pair for pair in pairs if chosen(*pair)], "transform": matrices},
             {"params": [pair for pair in pairs if not chosen(*pair)], "transform": adamw() if rest is None else rest},
         ]
