@@ -86,7 +86,9 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         schedule = factory(**choices, **state["hyper"]).refreshes
         return None if schedule is None else schedule(inner)
 
-    changes = {} if built.refreshes is None else {"refreshes": refreshes}
+    changes: dict[str, Any] = {} if built.refreshes is None else {"refreshes": refreshes}
+    if "lr" in numbers:  # which is there for everybody to scale
+        changes["needs"] = tuple(need for need in built.needs if need != "rate")
     return wrap(built, init, update, inside="", **changes)
 
 
@@ -137,9 +139,33 @@ def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor
                 )
         return found
 
-    parts = [_restricted(t, label, name)._replace(name=name) for name, t in transforms.items()]
+    rated = transforms
+    if any("rate" in t.needs or t.steps for t in transforms.values()):
+        rated = {name: t if "rate" in t.needs or t.steps is True else _rated(t) for name, t in transforms.items()}
+    parts = [_restricted(t, label, name)._replace(name=name) for name, t in rated.items()]
     whole = parallel(*parts, name="partition")
     return whole._replace(steps=True) if all(t.steps is True for t in transforms.values()) else whole
+
+
+def _rated(inner: Transform) -> Transform:
+    """A part of a partition whose updates are no steps, where those of others are: it has no learning rate that anybody
+    knows of, so the extra "rate" is a factor of its updates, unless there is one among its hyperparameters."""
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, *, rate: Tensor | None = None, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        new, after = inner.update(state, updates, params, **extras)
+        if rate is not None and not _has_rate(state):
+            done = made_steps(inner, params)
+            new = {k: u if k in done else u * in_dtype_of(u, rate) for k, u in new.items()}
+        return new, after
+
+    return wrap(inner, inner.init, update, inside="", needs=(*inner.needs, "rate"))
+
+
+def _has_rate(state: State) -> bool:
+    nodes = {k: v for k, v in state.items() if isinstance(v, dict)}
+    return "lr" in nodes.pop("hyper", {}) or any(map(_has_rate, nodes.values()))
 
 
 def _labels(params: Leaves, labels: Any, what: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Transform(NamedTuple):
         expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product),
         "steps" (paths of the leaves whose updates are steps already, see below), "last" (False where something behind
         may change its updates), "flush" (whether gradients that are being gathered are applied now, see
-        `accumulate`).
+        `accumulate`), "rate" (a factor of the learning rates inside that are no hyperparameters of the state, or None).
     layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
         down to the stacks, of tuples of paths (one per row). None: the state has no stacks.
     elementwise: in float32 and float64, an entry of an update depends on no other entry, nor on where it is or what its
@@ -430,9 +430,10 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         steps: Collection[str] = (),
         last: bool = True,
         flush: bool | Tensor | None = None,
+        rate: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         extras: dict[str, Any] = {"grads": updates if grads is None else grads, "refresh": refresh}
-        extras |= {"curvature": curvature, "steps": steps, "flush": flush}
+        extras |= {"curvature": curvature, "steps": steps, "flush": flush, "rate": rate}
         new = {}
         for i, (n, t) in enumerate(zip(names, transforms, strict=True)):
             extras["last"] = last and (parallel or i == len(transforms) - 1)

@@ -247,7 +247,9 @@ class Unit:
 
     def _count_tensors(self) -> list[Tensor]:
         counts = {place[-1]: t for place, t in self.tensors.items() if len(place) > 2 and place[-2] == "count"}
-        return [counts[path] for path in self.paths]
+        # A leaf without, of another part of a partition, is as old as the others: it has nothing to refresh.
+        other = next(iter(counts.values()), torch.zeros((), dtype=torch.int64))
+        return [counts.get(path, other) for path in self.paths]
 
     def probes(self, refresh: bool | str | None) -> dict[Tensor, Tensor]:
         """The vectors that this step will ask Hessian-vector products of, by parameter: a rehearsal, until it asks."""

@@ -32,11 +32,11 @@ class FromTransform(Averaging, WithCurvature):
 
     The hyperparameters in the transform's state are options of the param groups: "lr", "beta1", ...; where several
     transforms inside have some, with their names in front, as in "matrices.lr". Every group has an "lr", for LR
-    schedulers to drive: the transform's own, or else, 1 at first, a factor of all its learning rates, or of its updates
-    if it has none. A group may bring a "transform" of its own. An average inside, of `with_ema`, is called
-    "transform.ema" in `state[p]`, or by its place ("with_ema.ema"): "ema" is the one of `use_ema`.
-    Where a transform has a Schedule-Free part, `eval()` puts the parameters of that part at their averages and
-    `train()` back; the group has a "train_mode". Where one gathers gradients (`accumulate`), `flush()` ends the window.
+    schedulers to drive: the transform's only learning rate, if it is a hyperparameter. Otherwise it is 1 at first, and
+    a factor of all learning rates inside, be they hyperparameters, constants or schedules, and of the updates of a
+    transform without, or a part of a `partition`. A group may bring a "transform" of its own.
+    An average inside, of `with_ema`, is called "transform.ema" in `state[p]`, or by its place ("with_ema.ema"): "ema"
+    is the one of `use_ema`.
 
     params: as in torch.optim; `named_parameters()` where the transform looks at paths (`partition`, `masked`).
     foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once: a norm
@@ -116,7 +116,7 @@ class FromTransform(Averaging, WithCurvature):
             hyper = dict(hyper_places(state))
             if holds_schedule_free(state):
                 group.setdefault("train_mode", True)
-            if "lr" not in hyper_names(hyper).values():
+            if "lr" not in hyper_names(hyper).values() or "rate" in tx.needs:
                 tx = with_lr(tx)
                 hyper = _lr_beside(hyper)
             names = hyper_names(hyper)
@@ -165,14 +165,15 @@ class MatricesTo(FromTransform):
 
 @remembered
 def with_lr(inner: Transform) -> Transform:
-    """`inner` with a hyperparameter lr = 1 above: a factor of the learning rates among its own hyperparameters, or of
-    its updates if there are none."""
+    """`inner` with a hyperparameter lr = 1 above: a factor of the learning rates inside, or of its updates if there are
+    none."""
     return with_hyperparameters(lambda lr: _times(inner, lr), lr=1.0)
 
 
 def _times(inner: Transform, lr: float | Tensor) -> Transform:
+    rated = "rate" in inner.needs
     # A factor of the updates comes before the rounding of bfloat16 parameters.
-    last = None if inner.rounding is None else inner.rounding()
+    last = None if inner.rounding is None or rated else inner.rounding()
 
     def init(params: Leaves) -> State:
         state = {"inner": inner.init(params)}
@@ -190,14 +191,15 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
             moved = {k: u * lr for k, u in updates.items()}
             updates, rounding = last.update(state.get("rounding", {}), moved, params, last=extras.get("last", True))
             return updates, {"inner": after, "rounding": rounding} if rounding else {"inner": after}
+        others = {"rate": lr} if rated else {}
         updates, after = inner.update(
-            _replaced(before, {place: x * lr for place, x in rates.items()}), updates, params, **extras
+            _replaced(before, {place: x * lr for place, x in rates.items()}), updates, params, **extras, **others
         )
-        if not rates:
+        if not rates and not rated:
             updates = {k: u * lr for k, u in updates.items()}
         return updates, {"inner": _replaced(after, rates)}
 
-    return wrap(inner, init, update)
+    return wrap(inner, init, update, needs=tuple(need for need in inner.needs if need != "rate"))
 
 
 def _rates(state: State) -> dict[Place, Tensor]:

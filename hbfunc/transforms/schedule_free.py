@@ -41,7 +41,8 @@ def schedule_free(
     w = |lr|^weight_lr_power * max(t, 1)^r; W += w; c = w / W
     y <- lerp(y, z, c) + u * lr * (beta1 * (1 - c) - 1); z <- z - lr * u; z_0 = p_0
 
-    Behind a learning rate u is minus the step that it is given. Whatever changes the updates behind this moves y alone.
+    The extra "rate" is a factor of lr. Behind a learning rate, which takes it then, u is minus the step that it is
+    given. Whatever changes the updates behind this moves y alone.
 
     The state keeps the beta1 that y was made with. Where another one comes (a scheduler, a new value in the state), y
     moves with it, and the average x goes on as it was.
@@ -62,19 +63,25 @@ def schedule_free(
         }
 
     def update(
-        state: State, updates: dict[str, Tensor], params: Leaves, *, steps: Collection[str] = ()
+        state: State,
+        updates: dict[str, Tensor],
+        params: Leaves,
+        *,
+        steps: Collection[str] = (),
+        rate: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         if not updates:
             return {}, state
+        factor = None if rate is None else [torch.ones_like(rate) if k in steps else rate for k in updates]
         updates = {k: -u if k in steps else u for k, u in updates.items()}
         t = increment(state["count"], updates)
         device = next(iter(t.values())).device
         single = torch.tensor([u.dtype != torch.float64 for u in updates.values()], device=device)
 
         def scalars(t: Tensor) -> list[Any]:
-            """The rate, c, how far y is pulled to z, beta1, and W in two parts."""
-            rate = at(lr, t)
-            weight = abs(rate) ** at(weight_lr_power, t) * t ** at(r, t)
+            """The learning rate, c, how far y is pulled to z, beta1, and W in two parts."""
+            now_lr = at(lr, t) if factor is None else at(lr, t) * torch.stack(factor).to(torch.float64)
+            weight = abs(now_lr) ** at(weight_lr_power, t) * t ** at(r, t)
             total = weight
             for part in parts:
                 total = total + torch.stack([state[part][k].to(torch.float64) for k in updates])
@@ -84,18 +91,18 @@ def schedule_free(
             now = torch.where(single, now.to(torch.float32).to(torch.float64), now)  # as the state has it
             before = torch.stack([state["beta1"][k].to(torch.float64) for k in updates])
             pull = c + (1 - c) * (1 - now / before)
-            return [rate, c, pull, now, total, torch.where(single, total - total.to(torch.float32), 0)]
+            return [now_lr, c, pull, now, total, torch.where(single, total - total.to(torch.float32), 0)]
 
-        rate, c, pull, *scalar = per_leaf(t, updates, scalars)
+        rates, c, pull, *scalar = per_leaf(t, updates, scalars)
         step, z = {}, {}
         for k, u in updates.items():
             y = params[k].to(u.dtype)
-            step[k] = pull[k] * (state["z"][k] - y) + u * (rate[k] * (in_dtype_of(u, beta1) * (1 - c[k]) - 1))
-            z[k] = state["z"][k] - rate[k] * u
+            step[k] = pull[k] * (state["z"][k] - y) + u * (rates[k] * (in_dtype_of(u, beta1) * (1 - c[k]) - 1))
+            z[k] = state["z"][k] - rates[k] * u
         scalar = [{k: x.clone() for k, x in part.items()} for part in scalar]  # they were views of one tensor
         return step, kept(state, count=t, z=z, **dict(zip(("beta1", *parts), scalar, strict=True)))
 
-    return transform(init, by_device(update), "schedule_free", ("steps",), elementwise=True, steps=True)
+    return transform(init, by_device(update), "schedule_free", ("rate", "steps"), elementwise=True, steps=True)
 
 
 def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:

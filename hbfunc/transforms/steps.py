@@ -37,9 +37,10 @@ def add_decayed_weights(weight_decay: Number = 0.0) -> Transform:
 @remembered
 def scale_by_learning_rate(lr: Number = 1e-3) -> Transform:
     """-lr * u: the updates point downhill from here on. They are steps then, and another rate behind this one, a
-    schedule say, scales them: lr * u."""
+    schedule say, scales them: lr * u. The extra "rate" is a factor of the first."""
     check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
-    return _scaled("scale_by_learning_rate", lr, lambda u, p, lr, is_step: (lr if is_step else -lr) * u, steps=True)
+    scaled = _scaled("scale_by_learning_rate", lr, lambda u, p, lr, is_step: (lr if is_step else -lr) * u, steps=True)
+    return scaled._replace(needs=("rate", "steps"))
 
 
 def _scaled(
@@ -51,12 +52,21 @@ def _scaled(
         return {"count": count_zeros(params)} if callable(value) else {}
 
     def update(
-        state: State, updates: dict[str, Tensor], params: Leaves, *, steps: Collection[str] = ()
+        state: State,
+        updates: dict[str, Tensor],
+        params: Leaves,
+        *,
+        steps: Collection[str] = (),
+        rate: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
-        if not callable(value):
-            return {k: fn(u, params[k], in_dtype_of(u, value), k in steps) for k, u in updates.items()}, {}
-        t = increment(state["count"], updates)
-        (x,) = per_leaf(t, updates, lambda t: [at(value, t)])
-        return {k: fn(u, params[k], x[k], k in steps) for k, u in updates.items()}, kept(state, count=t)
+        new = {}
+        if callable(value):
+            new["count"] = t = increment(state["count"], updates)
+            (x,) = per_leaf(t, updates, lambda t: [at(value, t)])
+        else:
+            x = {k: in_dtype_of(u, value) for k, u in updates.items()}
+        if rate is not None:
+            x = {k: v if k in steps else v * in_dtype_of(updates[k], rate) for k, v in x.items()}
+        return {k: fn(u, params[k], x[k], k in steps) for k, u in updates.items()}, kept(state, **new)
 
     return transform(init, update, name, ("steps",), elementwise=True, steps=steps)
