@@ -196,7 +196,7 @@ def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wan
             product, rest = extras["curvature"], zeros({k: p for k, p in params.items() if k not in mine})
             extras["curvature"] = lambda v: {k: h for k, h in product({**rest, **v}).items() if k in mine}
         new, state = inner.update(state, {k: u for k, u in updates.items() if k in mine}, mine, **extras)
-        return {k: new.get(k, u) for k, u in updates.items()}, state
+        return {**updates, **new}, state  # `new` may have leaves without a gradient now, of `accumulate` for one
 
     def layout(params: Flat) -> Layout:
         assert inner.layout is not None
@@ -220,7 +220,10 @@ def cautious(inner: Transform, scale: bool = True) -> Transform:
 @remembered
 def caution(scale: bool = True) -> Transform:
     """Zero the entries of u whose sign differs from that of the raw gradient, or, behind a learning rate, from that of
-    minus the raw gradient; per tensor, multiply the others by numel / max(kept, 1), unless `scale` is False."""
+    minus the raw gradient; per tensor, multiply the others by numel / max(kept, 1), unless `scale` is False.
+
+    An update of a leaf that has no gradient now, as `accumulate` makes, goes against none and is left as it is.
+    """
 
     def update(
         state: State,
@@ -232,6 +235,9 @@ def caution(scale: bool = True) -> Transform:
     ) -> tuple[dict[str, Tensor], State]:
         new = {}
         for k, u in updates.items():
+            if k not in grads:
+                new[k] = u
+                continue
             agree = torch.sign(u) == torch.sign(-grads[k] if k in steps else grads[k])
             factor = u.numel() / agree.sum(dtype=u.dtype).clamp(min=1) if scale else 1.0
             new[k] = torch.where(agree, u, 0) * factor
@@ -283,6 +289,7 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
     Pure and of one shape, so that it compiles and maps: `inner` is computed at every call and selected at the last.
     Raises ValueError for an int below 1 and a tensor that is no integer scalar.
     """
+    raw = "grads" in inner.needs  # behind other transforms, their mean is not that of the updates
     fixed = not isinstance(steps, Tensor) and not callable(steps)
     if fixed:
         check_int("steps", steps, 1)
@@ -293,7 +300,8 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         device = next((p.device for p in params.values()), None)
         names = ("count",) if fixed else ("count", "gathered", "windows")
         counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in names}
-        return {**counts, "seen": count_zeros(params), "mean": zeros(params), "inner": inner.init(params)}
+        means = {"mean": zeros(params), **({"grads": zeros(params)} if raw else {})}
+        return {**counts, "seen": count_zeros(params), **means, "inner": inner.init(params)}
 
     def window(state: State) -> tuple[Any, Tensor]:
         """The length of the window, and how many calls it has, this one included."""
@@ -314,19 +322,24 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         length, gathered = window(state)
         count, last = state["count"] + 1, gathered >= length
         mean = {**state["mean"], **{k: state["mean"][k] + u / length for k, u in updates.items()}}
+        grads = updates if extras.get("grads") is None else extras["grads"]
+        means = {"mean": mean}
+        if raw:
+            means["grads"] = {**state["grads"], **{k: state["grads"][k] + g / length for k, g in grads.items()}}
         seen = {**state["seen"], **increment(state["seen"], updates)}
-        given = mean
+        given = means
         if flush is not None and flush is not False:
             last = last | torch.as_tensor(flush, device=last.device)
             factor = torch.where(last, length / gathered, 1.0)
-            given = {k: m * factor.to(m) for k, m in mean.items()}
+            given = {name: {k: m * factor.to(m) for k, m in part.items()} for name, part in means.items()}
             if fixed:
                 count = torch.where(last, count + (length - gathered), count)  # on to the next window
-        if extras.get("grads") is not None:
-            extras["grads"] = given
+        extras.pop("grads", None)
+        if raw:
+            extras["grads"] = given["grads"]
         if "flush" in inner.needs:
             extras["flush"] = flush
-        new, after = inner.update(state["inner"], given, params, **extras)
+        new, after = inner.update(state["inner"], given["mean"], params, **extras)
         ended = {k: last.to(p.device) for k, p in params.items()}
         moving = {k: ended[k] & (x > 0) for k, x in seen.items()}
         layout = {} if inner.layout is None else inner.layout(params)
@@ -337,7 +350,7 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         return {k: torch.where(moving[k], u, NOTHING) for k, u in new.items()}, {
             **counts,
             "seen": {k: torch.where(ended[k], 0, x) for k, x in seen.items()},
-            "mean": {k: torch.where(ended[k], 0, m) for k, m in mean.items()},
+            **{name: {k: torch.where(ended[k], 0, m) for k, m in part.items()} for name, part in means.items()},
             "inner": select_leaves(moving, after, state["inner"], layout, last),
         }
 

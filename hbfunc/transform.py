@@ -300,6 +300,8 @@ def transform(
 
     def update_tree(state: State, grads: Tree, params: Tree, /, **extras: Any) -> tuple[Tree, State]:
         if isinstance(params, Leaves):
+            if "grads" in needs and extras.get("grads") is None:
+                extras["grads"] = grads
             return update(state, grads, params, **extras)
         flat, back, pairs = _real_params(params, elementwise)
         kinds = kinds_of(flat.values())

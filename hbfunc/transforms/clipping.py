@@ -23,7 +23,9 @@ def rmsnorm(x: Tensor, clip_at: float = 1.0) -> Tensor:
     return x * _shrink(torch.linalg.vector_norm(x) / math.sqrt(max(x.numel(), 1)), clip_at)
 
 
-def _shrink(norm: Tensor, clip_at: float) -> Tensor:
+def _shrink(norm: Tensor, clip_at: float | Tensor) -> Tensor | float:
+    if not isinstance(clip_at, Tensor) and math.isinf(clip_at):
+        return 1.0
     return clip_at / torch.clamp(norm, min=clip_at)
 
 
