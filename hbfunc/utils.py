@@ -21,6 +21,7 @@ compile_mode: str | None = "max-autotune-no-cudagraphs"
 dynamic: bool | None = False
 zeroth_power_mode: str = "qr"
 caution_scaling: bool = True
+consume_grad: bool = True  # whether a step clears the gradients, where a param group does not say
 
 Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 

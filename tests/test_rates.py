@@ -170,3 +170,42 @@ def test_a_wrapper_hands_on_the_rate_in_the_functional_form_too():
     twice, _ = tx.update(tx.init(params), grads, params, rate=torch.tensor(2.0))
     for k, u in plain.items():
         torch.testing.assert_close(twice[k], 2 * u)
+
+
+@pytest.mark.parametrize("form", ["FromTransform", "MatricesTo", "factor"])
+def test_a_default_rate_is_there_for_schedules_that_ask_for_it(form):
+    """As Hugging Face's polynomial and cosine_with_min_lr schedules do: the rate over `defaults["lr"]` ends where it
+    should."""
+    torch.manual_seed(0)
+    params = {"w": torch.nn.Parameter(torch.randn(3, 2)), "b": torch.nn.Parameter(torch.randn(3))}
+    make: dict[str, Any] = {
+        "FromTransform": lambda: hbfunc.FromTransform(params.items(), hbfunc.adamw(lr=0.02)),
+        "MatricesTo": lambda: hbfunc.MatricesTo(params.items(), hbfunc.muon(lr=0.02), hbfunc.adamw(lr=0.003)),
+        "factor": lambda: hbfunc.FromTransform(params.items(), hbfunc.adamw(lr=lambda t: 0.1 / t)),
+    }
+    optimizer = make[form]()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    first, end, steps = optimizer.defaults["lr"], 0.001, 4
+    assert first == rates[0]
+
+    def polynomial(t: int) -> float:
+        return ((first - end) * (1 - t / steps) + end) / first
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, polynomial)
+    for _ in range(steps):
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        scheduler.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        assert group["lr"] == pytest.approx(end * rate / first)
+
+
+def test_a_later_group_has_the_rate_of_its_transform_and_not_the_default():
+    optimizer, _ = made(hbfunc.adamw(lr=0.02))
+    rest = {name: torch.nn.Parameter(torch.ones(2)) for name in ("x", "y", "z")}
+    optimizer.add_param_group({"params": [("x", rest["x"])], "transform": hbfunc.laprop(lr=0.5)})
+    optimizer.add_param_group({"params": [("y", rest["y"])]})
+    optimizer.add_param_group({"params": [("z", rest["z"])], "transform": hbfunc.laprop(lr=0.5), "lr": 0.25})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.5, 0.02, 0.25]
+    assert optimizer.defaults["lr"] == 0.02

@@ -71,8 +71,8 @@ class ChainOpt(StatefulOptimizer):
 
     defaults: hyperparameters, with "lr". The step around the functions, and its options, are those of all recipes:
     warmup_steps, weight_decay, mars, mars_gamma, caution, storage_dtype, gradient_clipping, update_clipping, palm,
-    nonfinite, each of them optional. Functions see the numbers of their group as 0-dim tensors, so that schedulers
-    recompile nothing.
+    nonfinite, consume_grad, each of them optional. Functions see the numbers of their group as 0-dim tensors, so that
+    schedulers recompile nothing.
 
     A function that torch.compile cannot record, because it asks for `.item()`, say, makes the optimizer go on without
     compilation, with a warning; `compile_step=False` does so at once. `print` and the like are then seen at every step,
@@ -82,12 +82,20 @@ class ChainOpt(StatefulOptimizer):
     fns: tuple[Function, ...] = ()
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], foreach: bool, *fns: Function, seed: int | None = None
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        foreach: bool,
+        *fns: Function,
+        seed: int | None = None,
+        consume_grad: bool | None = None,
     ) -> None:
         self.fns = fns
         names = ", ".join(part.name for part in parts_of(fns))
         # A subclass that passes its locals() on has an entry that is no option.
         options = {k: v for k, v in defaults.items() if k != "__class__"}
+        if consume_grad is not None:
+            options["consume_grad"] = consume_grad
         super().__init__(params, {**_DEFAULTS, **options, "rule": f"chain({names})"}, foreach, seed=seed)
 
     def functions(self, group: dict[str, Any]) -> tuple[Function, ...]:
@@ -173,7 +181,7 @@ _DEFAULTS = {
     "beta2_scale": 0.8,
     "storage_dtype": "float32",
 }
-_NO_OPTIONS = ("params", "param_names", "rule", "foreach", "train_mode", "palm", "nonfinite")
+_NO_OPTIONS = ("params", "param_names", "rule", "foreach", "train_mode", "palm", "nonfinite", "consume_grad")
 
 
 def _ending(run: Run, face: Face | None, first_step_moves: bool | None = None) -> list[Transform]:
@@ -216,13 +224,14 @@ class BaseOpt(ChainOpt):
         compile_step: Any = use_default,
         promote: Any = use_default,
         seed: int | None = None,
+        consume_grad: bool | None = None,
     ) -> None:
         if not fns:
             raise ValueError("expected at least one function after palm; for plain gradient descent, use ChainOpt")
         self.compile_step = self._resolved("compile_step", compile_step)
         self.promote = self._resolved("promote", promote)
         options = {"gradient_clipping": gradient_clipping, "update_clipping": update_clipping, "palm": palm}
-        super().__init__(params, {**defaults, **options}, foreach, *fns, seed=seed)
+        super().__init__(params, {**defaults, **options}, foreach, *fns, seed=seed, consume_grad=consume_grad)
 
 
 class ScheduleFree(TrainEval, BaseOpt):

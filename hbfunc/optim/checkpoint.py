@@ -183,11 +183,12 @@ def average_dtype(p: Tensor) -> torch.dtype:
 
 def merged(mine: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A param group after loading. What the checkpoint does not hold (options newer than it) stays as it is here, and
-    so do the names, which decide what a rule does with a parameter and what is drawn for it."""
+    so do the names, which decide what a rule does with a parameter and what is drawn for it, and whether gradients are
+    cleared, which is about the program around."""
     rule, expected = loaded.get("rule", mine.get("rule")), mine.get("rule")
     if rule != expected:
         raise ValueError(f"{where} is of {rule!r}, expected {expected!r}")
-    kept = ("params", "param_names")
+    kept = ("params", "param_names", "consume_grad")
     options = {k: _restored(v, mine.get(k), f"{where}[{k!r}]") for k, v in loaded.items() if k not in kept}
     return {**mine, **options, "params": loaded["params"]}
 

@@ -32,6 +32,7 @@ class Moments(StatefulOptimizer):
         *,
         seed: int | None = None,
         nonfinite: str = "propagate",
+        consume_grad: bool | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -75,6 +76,7 @@ class ForeachADOPT(StatefulOptimizer):
         debias: bool = True,
         seed: int | None = None,
         nonfinite: str = "propagate",
+        consume_grad: bool | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -110,6 +112,7 @@ class _Averaged(StatefulOptimizer):
         *,
         seed: int | None = None,
         nonfinite: str = "propagate",
+        consume_grad: bool | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 

@@ -45,6 +45,7 @@ class ForeachMuon(StatefulOptimizer):
         *,
         seed: int | None = None,
         nonfinite: str = "propagate",
+        consume_grad: bool | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -85,6 +86,7 @@ class ForeachSOAP(StatefulOptimizer):
         *,
         seed: int | None = None,
         nonfinite: str = "propagate",
+        consume_grad: bool | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -153,6 +155,7 @@ class ForeachPSGDKron(WithCurvature):
         curvature: bool = False,
         seed: int | None = None,
         nonfinite: str = "propagate",
+        consume_grad: bool | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 

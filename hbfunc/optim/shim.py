@@ -52,7 +52,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     """Base of every class: one transform per param group, by default `recipe` called with the options of the group.
 
     A step creates the state of every parameter of a group that requires grad, steps the parameters that have a
-    gradient, and clears the gradients. `state[p]` shows the state in plain tensors, views of the transform's own.
+    gradient, and clears the gradients (see consume_grad). `state[p]` shows the state in plain tensors, views of the
+    transform's own.
 
     params, defaults: as in torch.optim.Optimizer; a value `use_default` becomes the class attribute of that name.
     foreach: False steps parameter by parameter, with the same numbers, unless a clipping function or transform looks at
@@ -63,6 +64,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
             product, with curvature). Parameters and state stay as they are, and `state[p]["skipped"]` counts.
         "skip_leaf": the step of that parameter alone. Both are decided on the device, without waiting for it.
         "raise": FloatingPointError naming the first such gradient, before anything is written. Waits for the device.
+    consume_grad: an option of every group: whether a step clears the gradients that it has used, which frees their
+        memory. False keeps them, as torch.optim does, for what looks at them after the step: wrappers such as
+        Lookahead, loggers. Then zero_grad() is yours. None: as `hbfunc.utils.consume_grad`, at first True, says at the
+        step.
     seed: of the random draws; None takes torch.initial_seed(), so that torch.manual_seed governs them, and 0 in a job
         of torch.distributed, whose ranks must draw the same, however they are seeded.
     """
@@ -89,6 +94,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self.use_ema = use_ema
         defaults = {k: self._resolved(k, v) for k, v in defaults.items()}
         defaults.setdefault("nonfinite", "propagate")
+        defaults.setdefault("consume_grad", None)
         defaults |= {"foreach": foreach, "seed": _default_seed() if seed is None else seed}
         if hasattr(self, "recipe"):
             defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
@@ -153,7 +159,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable(reason="hbfunc steps in a graph of its own")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient, clear the gradients, return the closure's loss (or None).
+        """Step every parameter that has a gradient, clear the gradients (unless `consume_grad` is False), return the
+        closure's loss (or None).
 
         What can be found wrong is found before the first write: then all parameters and states are as they were. With
         several groups, they are all rehearsed before. Ctrl-C waits while the step writes. Should a group fail after all
@@ -196,16 +203,17 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if len(steps) > 1:  # parameters one by one (foreach=False) are so to save memory
             self._rehearse([plan for plan, (group, _) in zip(steps, work, strict=True) if group["foreach"]])
         with uninterrupted():
-            for unit, decision, product in steps:
+            for (group, _), (unit, decision, product) in zip(work, steps, strict=True):
                 self.advance(unit, decision, product)
                 self._new = []
-                for p in unit.parameters.values():
-                    p.grad = None
+                if consumes(group):
+                    for p in unit.parameters.values():
+                        p.grad = None
             if self.use_ema:
                 self._move_averages(moved)
             for p in self._pairs.values():
                 p.grad = None
-            for group in self.param_groups:
+            for group in filter(consumes, self.param_groups):
                 for p in group["params"]:
                     p.grad = None
 
@@ -405,6 +413,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             raise ValueError(f"param_names={names!r}: expected different strings")
         check_flags(**{k: group[k] for k in ("foreach", "train_mode", "curvature") if k in group})
+        if group.get("consume_grad") is not None:
+            check_flags(consume_grad=group["consume_grad"])
         random.key(group["seed"])  # raises for what is none
         tx = self.transform(group)
         guarded(tx, group["nonfinite"])
@@ -521,6 +531,12 @@ def in_a_job() -> bool:
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The arguments of a function, by name."""
     return inspect.signature(function).parameters
+
+
+def consumes(group: Mapping[str, Any]) -> bool:
+    """Whether a step clears the gradients of a group."""
+    said = group.get("consume_grad")
+    return utils.consume_grad if said is None else bool(said)
 
 
 def trainable(group: Mapping[str, Any]) -> list[Tensor]:

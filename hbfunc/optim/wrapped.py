@@ -42,7 +42,7 @@ class FromTransform(Averaging, WithCurvature):
     foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once: a norm
         over all leaves is that of a param group's on one device, or of one parameter for foreach=False.
     curvature: for a transform that wants Hessian-vector products; see `step`.
-    nonfinite: "propagate", "skip", "skip_leaf" or "raise", see `StatefulOptimizer`.
+    nonfinite, consume_grad: see `StatefulOptimizer`.
     Raises TypeError for a transform that is none.
     """
 
@@ -57,8 +57,10 @@ class FromTransform(Averaging, WithCurvature):
         use_ema: bool | None = None,
         curvature: bool = False,
         nonfinite: str = "propagate",
+        consume_grad: bool | None = None,
     ) -> None:
         defaults = {"transform": transform, "curvature": curvature, "nonfinite": nonfinite}
+        defaults["consume_grad"] = consume_grad
         super().__init__(params, defaults, foreach, use_ema, seed=0)
 
     def transform(self, group: dict[str, Any]) -> Transform:
@@ -108,8 +110,11 @@ class FromTransform(Averaging, WithCurvature):
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; the group gets the hyperparameters of its transform, unless it brings them."""
+        own_rate = "lr" in param_group
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if not own_rate:
+            group.pop("lr", None)  # the default, which is that of the first group's transform
         try:
             tx = self.transform(group)
             state = self._initial(group, self._names(len(self.param_groups) - 1))
@@ -121,7 +126,9 @@ class FromTransform(Averaging, WithCurvature):
                 hyper = _lr_beside(hyper)
             names = hyper_names(hyper)
             group.update({"transform": tx, "rule": tx.name})
-            group.update({names[place]: _number(x) for place, x in hyper.items() if names[place] not in group})
+            numbers = {names[place]: _number(x) for place, x in hyper.items()}
+            group.update({name: x for name, x in numbers.items() if name not in group})
+            self.defaults.setdefault("lr", numbers["lr"])  # frameworks look for it there
         except Exception:
             self.param_groups.pop()
             raise
@@ -148,6 +155,7 @@ class MatricesTo(FromTransform):
         use_ema: bool | None = None,
         curvature: bool = False,
         nonfinite: str = "propagate",
+        consume_grad: bool | None = None,
     ) -> None:
         pairs = list(named_params)
         if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
@@ -160,7 +168,14 @@ class MatricesTo(FromTransform):
         for group in groups:
             if not group["params"]:
                 group["param_names"] = []  # a group with no names otherwise, which torch refuses beside one with some
-        super().__init__(groups, foreach=foreach, use_ema=use_ema, curvature=curvature, nonfinite=nonfinite)
+        super().__init__(
+            groups,
+            foreach=foreach,
+            use_ema=use_ema,
+            curvature=curvature,
+            nonfinite=nonfinite,
+            consume_grad=consume_grad,
+        )
 
 
 @remembered
