@@ -1,11 +1,13 @@
 """hbfunc: HeavyBall's documented optimizers as pure, functional transforms and as drop-in torch.optim classes."""
 
 from hbfunc import chainable, convert, distributed, hypergrad, random, sweep, testing, utils
+from hbfunc.batchnorm import recompute_batchnorm
 from hbfunc.combinators import (
     accumulate,
     caution,
     cautious,
     ema_params,
+    freeze,
     mars,
     mars_correction,
     masked,
@@ -52,7 +54,19 @@ from hbfunc.optim import (
     SFAdamW,
 )
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes import adamw, adopt, laprop, matrices_to, muon, muon_laprop, psgd_kron, rmsprop, sfadamw, soap
+from hbfunc.recipes import (
+    adamw,
+    adopt,
+    laprop,
+    matrices_to,
+    muon,
+    muon_laprop,
+    psgd_kron,
+    rmsprop,
+    sfadamw,
+    soap,
+)
+from hbfunc.recipes.partitioned import embeddings_and_head
 from hbfunc.schedules import palm_beta2, warmup
 from hbfunc.transform import Transform, apply_updates, chain, stateless, transform
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
@@ -70,7 +84,7 @@ from hbfunc.transforms.orthogonal import orthogonalize
 from hbfunc.transforms.psgd import scale_by_psgd
 from hbfunc.transforms.schedule_free import schedule_free, schedule_free_eval_params, schedule_free_train_params
 from hbfunc.transforms.soap import scale_by_soap
-from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
+from hbfunc.transforms.steps import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
 
 __version__ = "0.1.0"
 
@@ -127,7 +141,9 @@ __all__ = [
     "convert",
     "distributed",
     "ema_params",
+    "embeddings_and_head",
     "exp_avg",
+    "freeze",
     "heavyball_momentum",
     "hypergrad",
     "identity",
@@ -146,9 +162,11 @@ __all__ = [
     "partition",
     "psgd_kron",
     "random",
+    "recompute_batchnorm",
     "rmsnorm_clip",
     "rmsprop",
     "round_to_parameters",
+    "scale",
     "scale_by_adam",
     "scale_by_adopt",
     "scale_by_exp_avg_sq",
@@ -159,6 +177,7 @@ __all__ = [
     "schedule_free",
     "schedule_free_eval_params",
     "schedule_free_train_params",
+    "set_to_zero",
     "sfadamw",
     "skipped_steps",
     "soap",

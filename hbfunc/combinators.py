@@ -32,6 +32,7 @@ from hbfunc.transform import (
     parallel,
     remembered,
     transform,
+    truth,
     wrap,
     zeros,
 )
@@ -115,9 +116,27 @@ def _other_numbers(name: str, given: Any, numbers: Mapping[str, Any], choices: M
 def masked(inner: Transform, mask: Callable[[str, Tensor], bool] | Tree) -> Transform:
     """Apply `inner` to the leaves that `mask` selects; the updates of the others pass through unchanged.
 
-    mask: a function (path, parameter) -> bool, or a tree of bools with the structure of the parameters.
+    mask: a function (path, parameter) -> bool, or a tree of bools with the structure of the parameters. What counts is
+        the truth value: a match of a regular expression selects, None and 0 do not. TypeError for what has none.
     """
-    return _restricted(inner, lambda params: _labels(params, mask, "mask"), True)
+    return _restricted(inner, lambda params: _selected(params, mask), True)
+
+
+@remembered
+def freeze(inner: Transform, mask: Callable[[str, Tensor], bool] | Tree) -> Transform:
+    """Apply `inner` to the leaves that `mask` does not select; the others stay as they are, and have no state.
+
+    mask: as in `masked`. Where a leaf is frozen for a while only, give it no gradient instead: its state is kept then.
+    """
+    rest = _restricted(inner, lambda params: _selected(params, mask), False)
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        frozen = _selected(params, mask)
+        return rest.update(state, {k: u for k, u in updates.items() if not frozen[k]}, params, **extras)
+
+    return wrap(rest, rest.init, update, inside="", name="freeze")
 
 
 @remembered
@@ -176,6 +195,10 @@ def _labels(params: Leaves, labels: Any, what: str) -> dict[str, Any]:
         if k not in flat:
             raise ValueError(f"{what} has no entry for params[{k!r}]: expected the structure of params")
     return {k: flat[k] for k in params}
+
+
+def _selected(params: Leaves, mask: Any) -> dict[str, bool]:
+    return {k: truth(x, "mask", k) for k, x in _labels(params, mask, "mask").items()}
 
 
 def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wanted: Any) -> Transform:

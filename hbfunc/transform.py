@@ -524,6 +524,14 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}={short(value)}: expected one of {', '.join(map(repr, choices))}")
 
 
+def truth(value: Any, name: str, path: str) -> bool:
+    """The truth value of what `name`, a function or a tree, has for a leaf. Raises TypeError for what has none."""
+    try:
+        return bool(value)
+    except Exception as error:
+        raise TypeError(f"{name} gives params[{path!r}] {value!r}: expected True or False") from error
+
+
 def check_int(name: str, value: Any, low: int) -> None:
     """Raise ValueError unless `value` is an int of at least `low`, and of 64 bits."""
     value = plain(value)

@@ -126,9 +126,10 @@ def first_order(
     """The rows of a first-order recipe. more: hyperparameters beyond the shared ones. own: options of its own, as in
     `rows`. also: what else it combines."""
     numbers = (*SHARED, *more)
+    idle = ("caution", "caution-unscaled") if factory in (hbfunc.rmsprop, hbfunc.sfadamw) else ()  # there they warn
     several = {**MANY, "betas": (0.7, 0.8), "eps": 0.4, "palm": True, "beta2_scale": 0.6, **also}
     options = {
-        **OPTIONS,
+        **{k: v for k, v in OPTIONS.items() if k not in idle},
         "palm": {"palm": True},
         "numbers": {"lr": 0.03, "betas": (0.5, 0.8), "eps": 0.4, **also},
         "schedule": {"lr": lambda t: 0.1 / t**0.5, "warmup_steps": 3},

@@ -265,7 +265,7 @@ def check_options(ranks):
         "double": (CLASSES["ForeachPSGDKron"], {"dtype": torch.float64}),
         "split": (CLASSES["ForeachSOAP"], {"split": True, "max_precond_dim": 4}),
         "eval": (CLASSES["ForeachSFAdamW"], {"after": evaluated}),
-        "eval of owners": (CLASSES["ForeachSFAdamW"], {"after": evaluated, "caution": True}),
+        "eval of owners": (CLASSES["ForeachSFAdamW"], {"after": evaluated, "update_clipping": "l2_clip_"}),
         "ema": (type("Averaged", (CLASSES["ForeachMuon"],), {"use_ema": True}), {"after": averaged}),
         "all leaves at once": (global_norm, {}),
         "matrices to": (matrices, {}),

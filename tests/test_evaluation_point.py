@@ -310,3 +310,72 @@ def test_a_leaf_without_a_gradient_keeps_the_beta1_it_was_moved_with() -> None:
     assert torch.equal(hbfunc.schedule_free_eval_params(state, q)["b"], before)
     kept = {k: float(x) for k, x in state["schedule_free"]["beta1"].items()}
     assert kept == {"a": pytest.approx(0.6), "b": pytest.approx(0.9)}
+
+
+# -- BatchNorm --------------------------------------------------------------------------------------------------------
+
+
+def normed() -> torch.nn.Module:
+    torch.manual_seed(2)
+    layers = [
+        torch.nn.Linear(3, 4),
+        torch.nn.BatchNorm1d(4, momentum=0.3),
+        torch.nn.Dropout(0.5),
+        torch.nn.Linear(4, 2),
+    ]
+    return torch.nn.Sequential(*layers, torch.nn.BatchNorm1d(2, track_running_stats=False)).double()
+
+
+BATCHES = [torch.randn(16, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(5)]
+
+
+def statistics_by_hand(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    hidden = [model[0](x).detach() for x in BATCHES]
+    return torch.stack([h.mean(0) for h in hidden]).mean(0), torch.stack([h.var(0) for h in hidden]).mean(0)
+
+
+@pytest.mark.parametrize("batches", [BATCHES, [(x, None) for x in BATCHES]])
+@pytest.mark.parametrize("training", [True, False])
+def test_batchnorms_statistics_are_those_of_the_evaluation_point(batches: Any, training: bool) -> None:
+    model = normed()
+    optimizer = hbfunc.SFAdamW(model.parameters(), lr=0.1)
+    for x in BATCHES:
+        model(x).square().sum().backward()
+        optimizer.step()
+    optimizer.eval()
+    model.train(training)
+    norm = model[1]
+    stale = norm.running_mean.clone()
+    hbfunc.recompute_batchnorm(model, batches)
+    mean, var = statistics_by_hand(model)
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.running_var, var, rtol=1e-12, atol=1e-12)
+    assert (stale - mean).abs().max() > 0.01
+    assert int(norm.num_batches_tracked) == len(BATCHES)
+    assert (norm.momentum, norm.training, model.training) == (0.3, training, training)
+
+
+def test_batchnorms_statistics_in_functional_form() -> None:
+    model = normed().eval()
+    params = {k: p.detach() + 0.5 for k, p in model.named_parameters()}
+    before = copy.deepcopy(dict(model.named_parameters()))
+    hbfunc.recompute_batchnorm(model, BATCHES, params)
+    want = copy.deepcopy(model)
+    want.load_state_dict(params, strict=False)
+    mean, var = statistics_by_hand(want)
+    torch.testing.assert_close(model[1].running_mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model[1].running_var, var, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())
+    hbfunc.recompute_batchnorm(model, [{"x": x} for x in BATCHES], params, lambda model, batch: model(batch["x"]))
+    torch.testing.assert_close(model[1].running_mean, mean, rtol=1e-12, atol=1e-12)
+
+
+def test_batchnorm_is_left_as_it_was_where_gathering_fails() -> None:
+    model = normed()
+    model(BATCHES[0])
+    before = copy.deepcopy(model.state_dict())
+    for batches in ([], [BATCHES[0], torch.zeros(2, 7, dtype=torch.float64)]):
+        with pytest.raises((ValueError, RuntimeError), match=r"batches is empty|shapes"):
+            hbfunc.recompute_batchnorm(model, batches)
+        assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
+        assert model[1].momentum == 0.3

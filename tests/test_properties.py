@@ -133,7 +133,12 @@ EXTRAS: dict[str, st.SearchStrategy[Any]] = {
     "inner": st.sampled_from(["adam", "laprop"]),
     "stop_gradient": flag,
 }
-IDLE = {"ForeachRMSprop": {"r", "weight_lr_power"}, "ForeachMuon": {"palm"}}  # documented, without effect: they warn
+IDLE = {  # documented, without effect (caution: without MARS): they warn
+    "ForeachRMSprop": {"r", "weight_lr_power", "caution"},
+    "ForeachSFAdamW": {"caution"},
+    "PaLMForeachSFAdamW": {"caution"},
+    "ForeachMuon": {"palm"},
+}
 
 
 def documented(name: str) -> set[str]:

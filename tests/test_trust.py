@@ -462,6 +462,17 @@ def stepped(make: Callable[[], Any] = lambda: P(2, 2), grad: Any = ramp, **optio
     return cell
 
 
+def decayed(cls: Any) -> str:
+    """The cell for gradients of zero with SOAP's default weight decay."""
+    p = torch.nn.Parameter(ramp(P(2, 2)))
+    start = p.detach().clone()
+    optimizer = cls([p], lr=0.1, weight_decay=hbfunc.SOAP([P(2)]).defaults["weight_decay"])
+    for _ in range(3):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    return "shrinks" if bool((p.abs() < start.abs()).all()) else "is left as it is"
+
+
 def made(*params: Any, **options: Any) -> Cell:
     """The cell for an optimizer that cannot be built."""
 
@@ -618,7 +629,8 @@ TABLE: dict[str, list[tuple[str, Cell, Any]]] = {
     ],
     "a gradient": [
         ("None", stepped(grad=lambda p: None), LEFT),
-        ("of zeros", stepped(grad=torch.zeros_like), LEFT),
+        ("of zeros, `weight_decay=0`", stepped(grad=torch.zeros_like), LEFT),
+        ("of zeros, with weight decay (SOAP's default)", decayed, "shrinks"),
         ("with a NaN", stepped(grad=with_nan), "becomes NaN"),
         ('with a NaN, `nonfinite="skip"`', stepped(grad=with_nan, nonfinite="skip"), NOTHING),
         ('with a NaN, `nonfinite="skip_leaf"`', stepped(grad=with_nan, nonfinite="skip_leaf"), LEFT),

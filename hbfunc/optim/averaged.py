@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.optim.shim import StatefulOptimizer
+from hbfunc.transform import as_real
 from hbfunc.transforms import schedule_free
 
 _NAMES = ("z", "weight_sum", "beta1")  # entries of the state of `schedule_free`
@@ -38,8 +39,8 @@ class Averaging(StatefulOptimizer):
             for p in group["params"]:
                 found = _average(state.get(p, {}))
                 if found is not None:
-                    z, beta1 = found
-                    p.copy_(move(p, z, beta1))
+                    real = as_real(p) if p.is_complex() else p
+                    real.copy_(move(real, *found))
             group["train_mode"] = train
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -394,7 +394,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's. Raises TypeError for a parameter that is no real floating point tensor, ValueError for one
         that is there twice and for an option out of range; the groups are then as they were."""
-        super().add_param_group({k: self._resolved(k, v) for k, v in param_group.items()})
+        options = {k: self._resolved(k, v) for k, v in param_group.items()}
+        if isinstance(options.get("params"), (list, tuple)):
+            self._settle_names(options)
+        super().add_param_group(options)
         try:
             names = self._names(len(self.param_groups) - 1)
             params = self.param_groups[-1]["params"]
@@ -405,6 +408,17 @@ class StatefulOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _settle_names(self, options: dict[str, Any]) -> None:
+        """Empty groups go with named ones and with others, where torch wants all groups to be of one kind."""
+        named = "param_names" in options or any(isinstance(p, tuple) for p in options["params"])
+        if not options["params"]:
+            if any("param_names" in group for group in self.param_groups):
+                options.setdefault("param_names", [])
+        elif not any(group["params"] for group in self.param_groups):
+            for group in self.param_groups:
+                group.pop("param_names", None)
+                group.update({"param_names": []} if named else {})
 
     def _checked(self, group: dict[str, Any], names: list[str]) -> None:
         """Raise for an option of a group that is out of range, and a parameter that its transform cannot step."""

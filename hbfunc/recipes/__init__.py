@@ -13,7 +13,7 @@ Arguments that all recipes share:
     storage_dtype: of what is kept: "float32" (float64 for float64 parameters), "bfloat16", stochastically rounded, or
     "float64".
     mars, mars_gamma: variance-reduced gradients. caution: drop the updates that go against the gradient;
-    caution_scaling=False does not rescale the others.
+    caution_scaling=False does not rescale the others. No effect, and a warning, in rmsprop and sfadamw alone.
     gradient_clipping, update_clipping: a documented name, a pure function of a list of tensors, a Transform, or None.
     `clip_by` says which tensors a function is given.
     palm, beta2_scale: beta2 = 1 - t^(-beta2_scale).

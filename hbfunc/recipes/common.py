@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,6 +90,19 @@ def around(
         )
 
     return with_hyperparameters(rule, **numbers(lr, betas, eps, weight_decay, mars_gamma, beta2_scale), **more)
+
+
+def warn_of_idle_caution(
+    recipe: str, caution: bool, mars: bool, gradient_clipping: Clipping, update_clipping: Clipping
+) -> None:
+    """Warn where `caution` cannot drop anything: in a rule that divides the gradient by positive numbers, its updates
+    have the gradient's signs. MARS may change them, and clipping by other than the documented names."""
+    named = all(rule is None or isinstance(rule, str) for rule in (gradient_clipping, update_clipping))
+    if caution is True and mars is False and named:
+        warnings.warn(
+            f"caution=True has no effect in {recipe}, whose updates have the signs of the gradient: leave it out",
+            stacklevel=4,
+        )
 
 
 def before(mars: bool, mars_gamma: Any, beta1: Any, gradient_clipping: Clipping) -> list[Transform]:

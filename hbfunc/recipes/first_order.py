@@ -10,7 +10,16 @@ from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes.common import Clipping, after, around, before, check_flags, number, numbers
+from hbfunc.recipes.common import (
+    Clipping,
+    after,
+    around,
+    before,
+    check_flags,
+    number,
+    numbers,
+    warn_of_idle_caution,
+)
 from hbfunc.schedules import Number, palm_beta2, warmup
 from hbfunc.transform import Transform, chain, remembered
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
@@ -117,8 +126,10 @@ def rmsprop(
 ) -> Transform:
     """RMSprop (Hinton 2012), debiased and without momentum; betas[0] serves MARS only.
 
-    `r` and `weight_lr_power` are in the documented signature and mean nothing here: setting them gives a warning.
+    `r` and `weight_lr_power` are in the documented signature and mean nothing here: setting them gives a warning. So
+    does `caution` without `mars` or a clipping function: updates have the signs of the gradient.
     """
+    warn_of_idle_caution("rmsprop", caution, mars, gradient_clipping, update_clipping)
     if number("r", r) != 0.0 or number("weight_lr_power", weight_lr_power) != 2.0:
         warnings.warn(
             f"r={r} and weight_lr_power={weight_lr_power} have no effect in rmsprop: leave them out", stacklevel=3
@@ -148,11 +159,17 @@ def sfadamw(
     caution_scaling: bool = True,
     seed: int | Tensor = 0,
 ) -> Transform:
-    """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682). Evaluate at `schedule_free_eval_params`."""
+    """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682).
+
+    Evaluate at `schedule_free_eval_params`; a model with BatchNorm after `hbfunc.recompute_batchnorm` there.
+    `caution` has no effect without `mars` or a clipping function, and gives a warning: updates have the signs of the
+    gradient.
+    """
     if isinstance(betas, Sequence) and betas and callable(betas[0]):
         raise TypeError(f"betas[0]={betas[0]!r}: Schedule-Free needs a number, not a schedule")
 
     check_flags(mars=mars, caution=caution, palm=palm, caution_scaling=caution_scaling)
+    warn_of_idle_caution("sfadamw", caution, mars, gradient_clipping, update_clipping)
 
     def rule(
         lr: Number,

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hbfunc.combinators import partition
 from hbfunc.recipes.first_order import adamw
-from hbfunc.transform import Transform, remembered
+from hbfunc.transform import Transform, remembered, truth
 
 Exclude = str | Sequence[str] | Callable[[str, Tensor], bool]
 
-# What the input and output layers of common models are called.
-ENDS = ("*embed*", "emb", "*_emb", "wte", "wpe", "head", "heads", "*_head", "classifier")
+# What the input and output layers of common models are called. Names that hidden layers have too count where they are
+# those of a parameter's own module: "decoder.weight", but not "decoder.block.0.weight".
+ENDS = (
+    *("*embed*", "emb", "*_emb", "wte", "wpe", "relative_attention_bias"),
+    *("cls_token", "dist_token", "mask_token", "reg_token", "register_tokens"),
+    *("head", "heads", "*_head", "classifier", "logits"),
+    *("output.weight", "fc.weight", "shared.weight", "decoder.weight"),
+)
+_HEADS = ("head", "*_head", "classifier", "logits")  # what a Linear that is one is called itself
+_HIDDEN = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # parts of paths that wrappers of models add
 
 
 @remembered
@@ -25,13 +34,15 @@ def matrices_to(
 ) -> Transform:
     """Leaves of two or more dims to `matrices`, vectors, scalars and what is excluded to `rest`, by default `adamw()`.
 
-    exclude: embeddings and heads, which an orthogonalised update does not suit: shell patterns for any one part of a
-        path ("*embed*" for "model.embed_tokens.weight"), or a function (path, parameter) -> bool. By default the
-        usual names of input and output layers. `()` excludes nothing.
+    exclude: embeddings and heads, which an orthogonalised update does not suit. `embeddings_and_head(model)` finds them
+        by what they are. Or shell patterns for any one part of a path ("*embed*" for "model.embed_tokens.weight"), with
+        a dot for several at its end ("decoder.weight"); or a function (path, parameter) -> bool, whose truth value
+        counts. By default the usual names of input and output layers. `()` excludes nothing.
 
     Each half keeps its hyperparameters: state["matrices"]["hyper"] and state["rest"]["hyper"].
 
         tx = matrices_to(muon(lr=0.02), rest=adamw(lr=3e-4))
+        tx = matrices_to(muon(lr=0.02), exclude=embeddings_and_head(model))
         tx = matrices_to(soap(), exclude=lambda path, p: max(p.shape) > 10_000)
     """
 
@@ -50,7 +61,48 @@ def chooses_matrices(exclude: Exclude) -> Callable[[str, Tensor], bool]:
         if p.ndim < 2:
             return False
         if callable(patterns):
-            return not patterns(path, p)
-        return not any(fnmatch(part, pattern) for part in path.split(".") for pattern in patterns)
+            return not truth(patterns(path, p), "exclude", path)
+        return not any(_matches(path.split("."), pattern) for pattern in patterns)
 
     return chosen
+
+
+def _matches(parts: Sequence[str], pattern: str) -> bool:
+    """Whether a pattern is for one of the parts of a path, or, with dots, for the last ones."""
+    several = pattern.count(".") + 1
+    return fnmatch(".".join(parts[-several:]), pattern) if several > 1 else any(fnmatch(p, pattern) for p in parts)
+
+
+def embeddings_and_head(model: nn.Module) -> Callable[[str, Tensor], bool]:
+    """(path, parameter) -> whether it belongs to an end of `model`, by structure: for `exclude` of `matrices_to` and
+    `MatricesTo`, with the names of `model.named_parameters()`.
+
+    The ends are every Embedding, the last Linear in the order of the modules, those that are called a head, and what is
+    tied to one of them. Other parameters of Linear, convolutional, recurrent and attention modules are hidden ones,
+    whatever their names. Only of parameters beside those (a class token, positions) the usual names decide.
+
+        optimizer = MatricesTo(model.named_parameters(), muon(lr=0.02), exclude=embeddings_and_head(model))
+    """
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    heads = [m for name, m in linear if any(fnmatch(name.rpartition(".")[2], pattern) for pattern in _HEADS)]
+    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    ends = [*embeddings, *heads, *(m for _, m in linear[-1:])]
+    outer = {id(p) for m in ends for p in m.parameters(recurse=False)}
+    hidden = {id(p) for m in model.modules() if isinstance(m, _HIDDEN) for p in m.parameters(recurse=False)}
+    named = model.named_parameters(remove_duplicate=False)
+    return _Ends({_unwrapped(path): id(p) in outer for path, p in named if id(p) in outer | hidden})
+
+
+class _Ends:
+    """What `embeddings_and_head` returns: whether a path is one of an end, where that is known, or looks like one."""
+
+    def __init__(self, known: dict[str, bool]) -> None:
+        self.known = known
+
+    def __call__(self, path: str, p: Tensor) -> bool:
+        known = self.known.get(_unwrapped(path))
+        return not chooses_matrices(ENDS)(path, p) if known is None else known
+
+
+def _unwrapped(path: str) -> str:
+    return ".".join([part for part in path.split(".") if part not in _WRAPPERS])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+import torch
 from torch import Tensor
 
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
@@ -16,6 +17,7 @@ from hbfunc.transform import (
     in_dtype_of,
     kept,
     remembered,
+    stateless,
     transform,
 )
 
@@ -41,6 +43,20 @@ def scale_by_learning_rate(lr: Number = 1e-3) -> Transform:
     check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
     scaled = _scaled("scale_by_learning_rate", lr, lambda u, p, lr, is_step: (lr if is_step else -lr) * u, steps=True)
     return scaled._replace(needs=("rate", "steps"))
+
+
+@remembered
+def scale(factor: Number) -> Transform:
+    """factor * u. A negative number makes steps, which are added, of directions, as a learning rate does."""
+    check_number("factor", factor, float("-inf"), float("inf"), open_low=True, open_high=True)
+    downhill = isinstance(factor, (int, float)) and factor < 0
+    return _scaled("scale", factor, lambda u, p, factor, is_step: factor * u, steps=downhill)
+
+
+@remembered
+def set_to_zero() -> Transform:
+    """Updates of zero, whatever comes: p + -0.0 is p to the bit. See `freeze` for leaves that are to stay."""
+    return stateless("set_to_zero", lambda u: torch.full_like(u, -0.0), elementwise=True)
 
 
 def _scaled(
