@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hbfunc.exchange import hold_everywhere, is_sharded, local, placed
 from hbfunc.optim.guard import COUNTERS
+from hbfunc.optim.options import option
 from hbfunc.optim.state import EMA
-from hbfunc.transform import Transform, compute_dtype, plain
+from hbfunc.transform import Transform, compute_dtype
 
 _FUNCTION = "function "  # what state dicts have in place of one: this and its name
 _COUNTS = ("count", "ema_count", *COUNTERS)
@@ -189,7 +190,7 @@ def merged(mine: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> di
     if rule != expected:
         raise ValueError(f"{where} is of {rule!r}, expected {expected!r}")
     kept = ("params", "param_names", "consume_grad")
-    options = {k: _restored(v, mine.get(k), f"{where}[{k!r}]") for k, v in loaded.items() if k not in kept}
+    options = {k: option(_restored(v, mine.get(k), f"{where}[{k!r}]"), k) for k, v in loaded.items() if k not in kept}
     return {**mine, **options, "params": loaded["params"]}
 
 
@@ -219,8 +220,9 @@ def unshared(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_functions(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with the names of functions in their place: it loads with weights_only=True, and has every key."""
-    groups = [{k: _named(v, k) for k, v in group.items()} for group in state_dict["param_groups"]]
+    """A state dict with the names of functions in their place, and plain numbers: it loads with weights_only=True, and
+    has every key."""
+    groups = [{k: _named(option(v, k), k) for k, v in group.items()} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
 
 
@@ -229,7 +231,7 @@ def _named(value: Any, option: str) -> Any:
         return f"{_FUNCTION}{getattr(value, '__name__', option)}"
     if option != "params" and isinstance(value, (list, tuple)) and any(map(_is_function, value)):
         return tuple(_named(x, option) for x in value)  # betas
-    return plain(value)
+    return value
 
 
 def _is_function(value: Any) -> bool:

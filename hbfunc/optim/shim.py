@@ -24,6 +24,7 @@ from hbfunc.optim import checkpoint, sharded
 from hbfunc.optim.guard import guarded
 from hbfunc.optim.interrupts import uninterrupted
 from hbfunc.optim.joined import joins
+from hbfunc.optim.options import option, settle
 from hbfunc.optim.state import EMA
 from hbfunc.optim.unit import Unit
 from hbfunc.recipes.common import check_flags, check_value
@@ -95,7 +96,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         defaults = {k: self._resolved(k, v) for k, v in defaults.items()}
         defaults.setdefault("nonfinite", "propagate")
         defaults.setdefault("consume_grad", None)
-        defaults |= {"foreach": foreach, "seed": _default_seed() if seed is None else seed}
+        defaults |= {"foreach": option(foreach), "seed": _default_seed() if seed is None else option(seed)}
         if hasattr(self, "recipe"):
             defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
@@ -106,7 +107,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _resolved(self, name: str, value: Any) -> Any:
         if value is not use_default:
-            return plain(value)
+            return value if name in ("params", "param_names") else option(value, name)
         attribute = getattr(self, name)
         return getattr(attribute, "__func__", attribute)  # a clipping function is no method, even if it looks like one
 
@@ -186,6 +187,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for p in self._pairs:
             self._leaf(p)
         for i, group in enumerate(self.param_groups):
+            settle(group)
             self._check_gradients(i, group)
         if in_a_job():
             sharded.agree_on_gradients(self._named())
