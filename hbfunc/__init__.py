@@ -16,57 +16,49 @@ from hbfunc.combinators import (
     with_hyperparameters,
 )
 from hbfunc.nonfinite import apply_if_finite, apply_to_finite_leaves, skipped_steps
-from hbfunc.optim import (
+from hbfunc.optim.wrapped import FromTransform
+from hbfunc.optimizers.adam import (
     ADOPT,
-    SOAP,
     AdamW,
+    ForeachAdamW,
+    ForeachADOPT,
+    ForeachLaProp,
+    ForeachRMSprop,
+    LaProp,
+    RMSprop,
+    adamw,
+    adopt,
+    laprop,
+    rmsprop,
+)
+from hbfunc.optimizers.muon import ForeachMuon, Muon, MuonLaProp, muon, muon_laprop
+from hbfunc.optimizers.partitioned import MatricesTo, embeddings_and_head, matrices_to
+from hbfunc.optimizers.psgd import (
     CachedDelayedPSGDKron,
     CachedPSGDKron,
     DelayedPSGD,
-    ForeachAdamW,
-    ForeachADOPT,
     ForeachCachedDelayedPSGDKron,
     ForeachCachedPSGDKron,
     ForeachDelayedPSGD,
-    ForeachLaProp,
-    ForeachMuon,
     ForeachPSGDKron,
     ForeachPurePSGD,
-    ForeachRMSprop,
-    ForeachSFAdamW,
+    PSGDKron,
+    PurePSGD,
+    psgd_kron,
+)
+from hbfunc.optimizers.schedule_free import ForeachSFAdamW, PaLMForeachSFAdamW, PaLMSFAdamW, SFAdamW, sfadamw
+from hbfunc.optimizers.soap import (
+    SOAP,
     ForeachSOAP,
-    FromTransform,
-    LaProp,
-    MatricesTo,
-    Muon,
-    MuonLaProp,
-    PaLMForeachSFAdamW,
     PaLMForeachSOAP,
-    PaLMSFAdamW,
     PaLMSOAP,
     PrecondScheduleForeachSOAP,
     PrecondSchedulePaLMForeachSOAP,
     PrecondSchedulePaLMSOAP,
     PrecondScheduleSOAP,
-    PSGDKron,
-    PurePSGD,
-    RMSprop,
-    SFAdamW,
-)
-from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes import (
-    adamw,
-    adopt,
-    laprop,
-    matrices_to,
-    muon,
-    muon_laprop,
-    psgd_kron,
-    rmsprop,
-    sfadamw,
     soap,
 )
-from hbfunc.recipes.partitioned import embeddings_and_head
+from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.schedules import palm_beta2, warmup
 from hbfunc.transform import Transform, apply_updates, chain, stateless, transform
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop

@@ -12,6 +12,7 @@ factors that were reached.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,10 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hbfunc import recipes
 from hbfunc.linalg import kron
-from hbfunc.optim.shim import parameters
 from hbfunc.optim.state import per_parameter
+from hbfunc.optimizers.adam import adamw, adopt, laprop, rmsprop
+from hbfunc.optimizers.muon import muon
+from hbfunc.optimizers.psgd import psgd_kron
+from hbfunc.optimizers.schedule_free import sfadamw
+from hbfunc.optimizers.soap import soap
 from hbfunc.transform import Leaves, Transform
 
 Entries = dict[str, Any]
@@ -46,25 +50,27 @@ def _moments(name: str) -> dict[str, str]:
 # By a function of which every such chain has an entry; the first that matches.
 SOURCES: dict[str, Source] = {
     "update_by_schedule_free": Source(
-        recipes.sfadamw, "sfadamw", {"z": "update_by_schedule_free_z", "exp_avg_sq": "scale_by_exp_avg_sq_exp_avg_sq"}
+        sfadamw,
+        "sfadamw",
+        {"z": "update_by_schedule_free_z", "exp_avg_sq": "scale_by_exp_avg_sq_exp_avg_sq"},
     ),
-    "update_by_adam": Source(recipes.adamw, "adamw", _moments("update_by_adam")),
-    "scale_by_adam": Source(recipes.adamw, "adamw", _moments("scale_by_adam")),
-    "update_by_laprop": Source(recipes.laprop, "laprop", _moments("update_by_laprop")),
-    "scale_by_laprop": Source(recipes.laprop, None, _moments("scale_by_laprop")),
-    "update_by_adopt": Source(recipes.adopt, "adopt", _moments("update_by_adopt")),
-    "scale_by_adopt": Source(recipes.adopt, "adopt", _moments("scale_by_adopt")),
-    "scale_by_soap": Source(recipes.soap, "soap", _moments("scale_by_soap")),
+    "update_by_adam": Source(adamw, "adamw", _moments("update_by_adam")),
+    "scale_by_adam": Source(adamw, "adamw", _moments("scale_by_adam")),
+    "update_by_laprop": Source(laprop, "laprop", _moments("update_by_laprop")),
+    "scale_by_laprop": Source(laprop, None, _moments("scale_by_laprop")),
+    "update_by_adopt": Source(adopt, "adopt", _moments("update_by_adopt")),
+    "scale_by_adopt": Source(adopt, "adopt", _moments("scale_by_adopt")),
+    "scale_by_soap": Source(soap, "soap", _moments("scale_by_soap")),
     **{
-        f"{how}_by_{delayed}psgd": Source(recipes.psgd_kron, "psgd_kron", {"exp_avg": "exp_avg_exp_avg"})
+        f"{how}_by_{delayed}psgd": Source(psgd_kron, "psgd_kron", {"exp_avg": "exp_avg_exp_avg"})
         for how in ("scale", "update")
         for delayed in ("", "delayed_")
     },
-    "scale_by_exp_avg_sq": Source(recipes.rmsprop, "rmsprop", {"exp_avg_sq": "scale_by_exp_avg_sq_exp_avg_sq"}),
-    "nesterov_ema": Source(recipes.muon, "muon", {"momentum": "nesterov_ema_momentum"}),
-    "nesterov_momentum": Source(recipes.muon, "muon", {"momentum": "nesterov_momentum_momentum"}),
-    "heavyball_momentum": Source(recipes.muon, "muon", {"momentum": "heavyball_momentum_momentum"}),
-    "exp_avg": Source(recipes.muon, "muon", {"momentum": "exp_avg_exp_avg"}),
+    "scale_by_exp_avg_sq": Source(rmsprop, "rmsprop", {"exp_avg_sq": "scale_by_exp_avg_sq_exp_avg_sq"}),
+    "nesterov_ema": Source(muon, "muon", {"momentum": "nesterov_ema_momentum"}),
+    "nesterov_momentum": Source(muon, "muon", {"momentum": "nesterov_momentum_momentum"}),
+    "heavyball_momentum": Source(muon, "muon", {"momentum": "heavyball_momentum_momentum"}),
+    "exp_avg": Source(muon, "muon", {"momentum": "exp_avg_exp_avg"}),
 }
 
 
@@ -150,7 +156,7 @@ def _source(index: int, held: Mapping[int, Entries]) -> Source:
             return source
     if names:
         raise ValueError(f"param_groups[{index}] has the state {sorted(names)}: no rule of hbfunc leaves such")
-    return Source(recipes.adamw, None, {})
+    return Source(adamw, None, {})
 
 
 def _like(source: Source, index: int, entries: Entries) -> Tensor:
@@ -170,7 +176,7 @@ def _converted(
     params: Mapping[int, Tensor],
 ) -> dict[int, Entries]:
     """The entries of parameters as the hbfunc class names and shapes them."""
-    known = parameters(source.recipe)
+    known = inspect.signature(source.recipe).parameters
     transform = source.recipe(**{k: v for k, v in options.items() if k in known})
     leaves = Leaves({str(k): torch.zeros_like(p, requires_grad=False) for k, p in params.items()})
     layout = {} if transform.layout is None else transform.layout(leaves)

@@ -15,7 +15,7 @@ import torch
 from conformance import TABLE, Row
 
 import hbfunc
-import hbfunc.recipes
+import hbfunc.pipeline
 from hbfunc.testing import PROPERTIES, case, check
 from hbfunc.transform import State, Transform, kept, transform
 
@@ -42,12 +42,11 @@ def test_names_differ() -> None:
     assert len({row.name for row in TABLE}) == len(TABLE)
 
 
-# Recipes made of recipes, whose options are theirs; and documented options that do nothing, and warn.
-COMPOSED = {"matrices_to"}
+# Documented options that do nothing, and warn.
 IDLE = {"rmsprop": {"r", "weight_lr_power"}, "muon": {"palm", "beta2_scale"}}
 
 
-@pytest.mark.parametrize("recipe", sorted(set(hbfunc.recipes.__all__) - COMPOSED))
+@pytest.mark.parametrize("recipe", sorted(hbfunc.pipeline.RECIPES))
 def test_every_option_of_every_recipe_is_in_a_row(recipe: str) -> None:
     rows = [row for row in TABLE if row.factory is getattr(hbfunc, recipe)]
     options = set(inspect.signature(getattr(hbfunc, recipe)).parameters)

@@ -15,7 +15,7 @@ from test_steps_and_rounding import draw
 from torch import Tensor
 
 import hbfunc
-from hbfunc.recipes.common import _RANGES
+from hbfunc.pipeline import RANGES
 from hbfunc.transform import Transform
 
 FACTORIES = ("adamw", "laprop", "adopt", "rmsprop", "sfadamw", "muon", "muon_laprop", "soap", "psgd_kron")
@@ -32,7 +32,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- ranges ---------------------------------------------------------------------------------------------------------
 
-OPEN = [name for name, (low, high, open_low, open_high) in _RANGES.items() if open_high and high == 1]
+OPEN = [name for name, (low, high, open_low, open_high) in RANGES.items() if open_high and high == 1]
 NEARLY_ONE = 1 - 2e-8
 
 

@@ -19,8 +19,8 @@ from hbfunc.combinators import with_hyperparameters
 from hbfunc.optim.averaged import TrainEval
 from hbfunc.optim.shim import StatefulOptimizer, trainable, use_default
 from hbfunc.optim.unit import Unit
+from hbfunc.pipeline import before, check_flags, two_betas
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.recipes.common import before, check_flags, two_betas
 from hbfunc.schedules import warmup
 from hbfunc.transform import Transform
 from hbfunc.transform import chain as chain_
@@ -112,9 +112,6 @@ class ChainOpt(StatefulOptimizer):
         numbers, choices = split(self.options(group))
         kinds = {k: v if callable(v) and not isinstance(v, Tensor) else "number" for k, v in numbers.items()}
         return tuple(map(id, trainable(group))), group["foreach"], kinds, choices
-
-    def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
-        return super().hyperparameter(group, name) if "betas" in group else group[name]
 
     def _checked(self, group: dict[str, Any], names: list[str]) -> None:
         options = {k: v for k, v in self.options(group).items() if isinstance(v, (int, float, Tensor))}

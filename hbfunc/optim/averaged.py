@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,8 +53,7 @@ class Averaging(StatefulOptimizer):
 class TrainEval(Averaging):
     """Schedule-Free's two points for every group."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *args: Any, **options: Any) -> None:
-        super().__init__(params, {**defaults, "train_mode": True}, *args, **options)
+    more_defaults: ClassVar[Mapping[str, Any]] = {"train_mode": True}
 
 
 def _average(entries: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -7,17 +7,16 @@ recompile nothing.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hbfunc import nonfinite, random, utils
+from hbfunc import nonfinite, random
 from hbfunc.autocast import in_own_precision
 from hbfunc.exchange import is_sharded, local
 from hbfunc.optim import checkpoint, sharded
@@ -27,7 +26,7 @@ from hbfunc.optim.joined import joins
 from hbfunc.optim.options import option, settle
 from hbfunc.optim.state import EMA
 from hbfunc.optim.unit import Unit
-from hbfunc.recipes.common import check_flags, check_value
+from hbfunc.pipeline import check_flags, check_value
 from hbfunc.schedules import ema_weight
 from hbfunc.transform import Leaves, Transform, as_real, check_dtype, plain
 from hbfunc.transforms.adaptive import ema
@@ -50,7 +49,7 @@ use_default = UseDefault()
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
-    """Base of every class: one transform per param group, by default `recipe` called with the options of the group.
+    """Base of every class: one transform per param group, given by `transform` in a subclass.
 
     A step creates the state of every parameter of a group that requires grad, steps the parameters that have a
     gradient, and clears the gradients (see consume_grad). `state[p]` shows the state in plain tensors, views of the
@@ -73,7 +72,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         of torch.distributed, whose ranks must draw the same, however they are seeded.
     """
 
-    recipe: ClassVar[Callable[..., Transform]]
+    more_defaults: ClassVar[Mapping[str, Any]] = {}  # options of every group that are no arguments
     gradient_clipping: Any = None
     update_clipping: Any = None
     palm: bool = False
@@ -97,8 +96,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         defaults.setdefault("nonfinite", "propagate")
         defaults.setdefault("consume_grad", None)
         defaults |= {"foreach": option(foreach), "seed": _default_seed() if seed is None else option(seed)}
-        if hasattr(self, "recipe"):
-            defaults["rule"] = type(self).recipe.__name__  # tells checkpoints of different classes apart
+        defaults |= self.more_defaults
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
         self._pairs: dict[Tensor, Tensor] = {}  # complex parameters, seen as reals
         self._new: list[Tensor] = []  # whose state this step has made
@@ -115,26 +113,15 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def transform(self, group: dict[str, Any]) -> Transform:
         """The transform of a param group."""
-        return type(self).recipe(**self.options(group))
-
-    def options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What is passed to the recipe: its options in a param group, and the settings of `hbfunc.utils`."""
-        known = parameters(type(self).recipe)
-        settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
-        return {k: v for k, v in {**settings, **group}.items() if k in known}
+        raise NotImplementedError(f"{type(self).__name__}.transform: expected a subclass that has one")
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
-        known = parameters(type(self).recipe)
-        options = self.options(group)
-        choices = {k: _choice(v, known[k].default) for k, v in options.items()}
-        if isinstance(options.get("betas"), (tuple, list)):
-            choices["betas"] = [_choice(beta, 0.0) for beta in options["betas"]]
-        return tuple(map(id, trainable(group))), group["foreach"], choices
+        raise NotImplementedError(f"{type(self).__name__}.structure: expected a subclass that has one")
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """The value in a param group of a hyperparameter of the state, where betas are split."""
-        return group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") else group[name]
+        return group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") and "betas" in group else group[name]
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """The closure's loss."""
@@ -543,12 +530,6 @@ def in_a_job() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-@cache
-def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a function, by name."""
-    return inspect.signature(function).parameters
-
-
 def consumes(group: Mapping[str, Any]) -> bool:
     """Whether a step clears the gradients of a group."""
     said = group.get("consume_grad")
@@ -558,11 +539,3 @@ def consumes(group: Mapping[str, Any]) -> bool:
 def trainable(group: Mapping[str, Any]) -> list[Tensor]:
     """The parameters of a group that have a state."""
     return [p for p in group["params"] if p.requires_grad or p.grad is not None]
-
-
-def _choice(value: Any, default: Any) -> Any:
-    """An option as it shapes a graph: to it, all floats, tensors, and ints in the place of floats are the same."""
-    value = plain(value)
-    if isinstance(value, (float, Tensor)) or (isinstance(default, float) and type(value) is int):
-        return "number"
-    return value

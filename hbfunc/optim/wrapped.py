@@ -7,7 +7,6 @@ optimizer = MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,6 @@ from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optim.shim import trainable
 from hbfunc.optim.state import Place, hyper_names, hyper_places
 from hbfunc.optim.unit import Unit
-from hbfunc.recipes.first_order import adamw
-from hbfunc.recipes.partitioned import ENDS, Exclude, chooses_matrices
 from hbfunc.transform import Leaves, State, Transform, check_number, remembered, wrap
 from hbfunc.transforms.schedule_free import holds_schedule_free
 
@@ -132,50 +129,6 @@ class FromTransform(Averaging, WithCurvature):
         except Exception:
             self.param_groups.pop()
             raise
-
-
-class MatricesTo(FromTransform):
-    """`matrices_to` as a torch.optim class: parameters of two or more dims to `matrices`, the rest to `rest`.
-
-        MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfunc.adamw(lr=3e-4))
-
-    param_groups[0] are the matrices and param_groups[1] the rest (AdamW, if not given), each with its hyperparameters.
-    named_params: (name, parameter) pairs, because `exclude` is about names; see `hbfunc.matrices_to`.
-    Raises TypeError for parameters without names.
-    """
-
-    def __init__(
-        self,
-        named_params: Iterable[tuple[str, Tensor]],
-        matrices: Transform,
-        rest: Transform | None = None,
-        exclude: Exclude = ENDS,
-        *,
-        foreach: bool = True,
-        use_ema: bool | None = None,
-        curvature: bool = False,
-        nonfinite: str = "propagate",
-        consume_grad: bool | None = None,
-    ) -> None:
-        pairs = list(named_params)
-        if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
-            raise TypeError("named_params: expected (name, parameter) pairs, such as model.named_parameters()")
-        chosen = chooses_matrices(exclude)
-        groups: list[dict[str, Any]] = [
-            {"params": [pair for pair in pairs if chosen(*pair)], "transform": matrices},
-            {"params": [pair for pair in pairs if not chosen(*pair)], "transform": adamw() if rest is None else rest},
-        ]
-        for group in groups:
-            if not group["params"]:
-                group["param_names"] = []  # a group with no names otherwise, which torch refuses beside one with some
-        super().__init__(
-            groups,
-            foreach=foreach,
-            use_ema=use_ema,
-            curvature=curvature,
-            nonfinite=nonfinite,
-            consume_grad=consume_grad,
-        )
 
 
 @remembered

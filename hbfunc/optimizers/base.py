@@ -1,0 +1,134 @@
+"""A class from a recipe: signature, defaults and names of the options are the recipe's.
+
+class Lion(RecipeOptimizer, recipe=lion):
+    \"""Lion (Chen et al. 2023, arXiv 2302.06675).\"""
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hbfunc import utils
+from hbfunc.chainable.optimizers import BaseOpt
+from hbfunc.optim.shim import StatefulOptimizer, trainable, use_default
+from hbfunc.transform import Transform, plain
+
+# What a class takes from `hbfunc.utils` when it steps, and what only derivatives of a functional step know.
+_NOT_IN_CLASSES = ("caution_scaling", "orthogonalizer", "stop_gradient")
+_OWN = (  # of every class, by keyword
+    inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None"),
+    inspect.Parameter("nonfinite", inspect.Parameter.KEYWORD_ONLY, default="propagate", annotation="str"),
+    inspect.Parameter("consume_grad", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None"),
+)
+
+
+OPTIMIZERS: dict[str, type[RecipeOptimizer]] = {}  # the documented classes by title, in the order of their definitions
+
+
+class RecipeOptimizer(BaseOpt):
+    """Base of the classes that step with a recipe, one transform per param group.
+
+    Class arguments: `recipe`, the function; `foreach_before`, the option that `foreach` comes before in the signature,
+    by default it comes last; `title`, what the race and the benchmarks call the class, by default the recipe's name. A
+    class attribute named like an option is its default, for subclasses to override.
+    """
+
+    title: ClassVar[str]
+    for_matrices: ClassVar[bool] = False  # meant for the hidden matrices of a model, beside another for the rest
+    recipe: ClassVar[Callable[..., Transform]]
+    options_of_recipe: ClassVar[Mapping[str, inspect.Parameter]]
+    _foreach_before: ClassVar[str] = ""
+    _arguments: ClassVar[inspect.Signature]
+
+    def __init_subclass__(
+        cls,
+        recipe: Callable[..., Transform] | None = None,
+        foreach_before: str | None = None,
+        title: str | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init_subclass__(**more)
+        if recipe is not None:
+            cls.recipe = staticmethod(recipe)
+            cls.options_of_recipe = inspect.signature(recipe).parameters
+            cls.title = recipe.__name__
+        if title is not None:
+            cls.title = title
+            OPTIMIZERS[title] = cls
+        elif recipe is not None:
+            OPTIMIZERS[cls.title] = cls
+        if foreach_before is not None:
+            cls._foreach_before = foreach_before
+        cls._arguments = _signature(cls)
+        if "__init__" not in vars(cls):
+            cls.__signature__ = cls._arguments  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            bound = self._arguments.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}; expected {self._arguments}") from None
+        bound.apply_defaults()
+        options = dict(bound.arguments)
+        params, foreach, seed = (options.pop(name) for name in ("params", "foreach", "seed"))
+        options["rule"] = self.recipe.__name__  # tells checkpoints of different classes apart
+        StatefulOptimizer.__init__(self, params, options, foreach, seed=seed)
+
+    @classmethod
+    def functional(cls, **options: Any) -> Transform:
+        """The functional twin: the recipe, with the class attributes for its defaults."""
+        defaults = {k: getattr(cls, k) for k in cls.options_of_recipe if _has_attribute(cls, k)}
+        return cls.recipe(**{**defaults, **options})
+
+    def transform(self, group: dict[str, Any]) -> Transform:
+        """The transform of a param group."""
+        return type(self).recipe(**self.options(group))
+
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What is passed to the recipe: its options in a param group, and the settings of `hbfunc.utils`."""
+        settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
+        return {k: v for k, v in {**settings, **group}.items() if k in self.options_of_recipe}
+
+    def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
+        options = self.options(group)
+        choices = {k: _choice(v, self.options_of_recipe[k].default) for k, v in options.items()}
+        if isinstance(options.get("betas"), (tuple, list)):
+            choices["betas"] = [_choice(beta, 0.0) for beta in options["betas"]]
+        return tuple(map(id, trainable(group))), group["foreach"], choices
+
+
+def _signature(cls: type[RecipeOptimizer]) -> inspect.Signature:
+    """params, the options of the recipe with `foreach` among them, and what every class takes."""
+    kinds = inspect.Parameter
+    places = [kinds("params", kinds.POSITIONAL_OR_KEYWORD)]
+    foreach = kinds("foreach", kinds.POSITIONAL_OR_KEYWORD, default=True, annotation="bool")
+    named: list[inspect.Parameter] = []
+    for p in getattr(cls, "options_of_recipe", {}).values():
+        if p.name in _NOT_IN_CLASSES or p.name in {own.name for own in _OWN}:
+            continue
+        if p.name == cls._foreach_before:
+            places.append(foreach)
+        if _has_attribute(cls, p.name):
+            p = p.replace(default=use_default)
+        (places if p.kind is kinds.POSITIONAL_OR_KEYWORD else named).append(p)
+    if foreach not in places:
+        places.append(foreach)
+    return inspect.Signature([*places, *named, *_OWN])
+
+
+def _has_attribute(cls: type, name: str) -> bool:
+    """Whether a class attribute of that name is the default of an option."""
+    return any(name in vars(base) for base in cls.__mro__ if issubclass(base, StatefulOptimizer))
+
+
+def _choice(value: Any, default: Any) -> Any:
+    """An option as it shapes a graph: to it, all floats, tensors, and ints in the place of floats are the same."""
+    value = plain(value)
+    if isinstance(value, (float, Tensor)) or (isinstance(default, float) and type(value) is int):
+        return "number"
+    return value

@@ -1,0 +1,70 @@
+"""Muon and its kin, a momentum that is orthogonalized: recipes and classes.
+
+Meant for the hidden matrices of a model; `matrices_to` gives embeddings, heads and vectors to another optimizer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from hbfunc.optimizers.adam import adamw
+from hbfunc.optimizers.base import RecipeOptimizer
+from hbfunc.pipeline import around, check_flags, like
+from hbfunc.schedules import Number
+from hbfunc.transform import Transform, chain
+from hbfunc.transforms.adaptive import scale_by_laprop
+from hbfunc.transforms.momentum import heavyball_momentum, nesterov_momentum
+from hbfunc.transforms.orthogonal import orthogonalize
+
+
+@like(adamw)
+def muon(nesterov: bool = True, *, palm: bool, orthogonalizer: str = "newtonschulz", **options: Any) -> Transform:
+    """Muon (Jordan et al. 2024): Nesterov's momentum or the heavy ball with betas[0], then `orthogonalize`.
+
+        s <- beta1 * s + g;  u = polar(g + beta1 * s) * sqrt(max(1, rows / columns))
+        p <- p - lr * (u + weight_decay * p)
+
+    betas[1] and eps are unused; so is `palm`, and setting it gives a warning.
+    orthogonalizer: "newtonschulz" (also called "qr"), "polar_express" or "svd".
+    """
+    if palm:
+        warnings.warn("palm=True has no effect in muon, which has no second moment: leave it out", stacklevel=4)
+    check_flags(nesterov=nesterov)
+    momentum = nesterov_momentum if nesterov else heavyball_momentum
+
+    def rule(beta1: Number, beta2: Number, eps: Any) -> Transform:
+        return chain(momentum(beta1), orthogonalize(orthogonalizer), name="muon")
+
+    return around("muon", rule, **options)
+
+
+@like(adamw)
+def muon_laprop(*, orthogonalizer: str = "newtonschulz", **options: Any) -> Transform:
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839), then `orthogonalize`. Leaves of fewer than two dims get LaProp.
+
+    orthogonalizer: as in `muon`.
+    """
+
+    def rule(beta1: Number, beta2: Number, eps: Any) -> Transform:
+        return chain(scale_by_laprop(beta1, beta2, eps), orthogonalize(orthogonalizer), name="muon_laprop")
+
+    return around("muon_laprop", rule, **options)
+
+
+class ForeachMuon(RecipeOptimizer, recipe=muon, foreach_before="storage_dtype"):
+    """Muon (Jordan et al. 2024): orthogonalized momentum; the arguments are those of `hbfunc.muon`.
+
+    `utils.zeroth_power_mode` chooses how: "newtonschulz" (also for "qr"), "polar_express" or "svd".
+    """
+
+    for_matrices = True
+
+
+class MuonLaProp(RecipeOptimizer, recipe=muon_laprop, foreach_before="storage_dtype"):
+    """LaProp, orthogonalized. `utils.zeroth_power_mode` chooses how: "newtonschulz" (also for "qr") or "svd"."""
+
+    for_matrices = True
+
+
+Muon = ForeachMuon

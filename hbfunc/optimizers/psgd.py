@@ -1,0 +1,146 @@
+"""PSGD with Kronecker factors: recipe and classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hbfunc.optim.curvature import WithCurvature
+from hbfunc.optimizers.base import RecipeOptimizer
+from hbfunc.pipeline import Clipping, around, check_flags, recipe
+from hbfunc.schedules import Number
+from hbfunc.transform import Transform, chain
+from hbfunc.transforms.momentum import exp_avg
+from hbfunc.transforms.psgd import scale_by_psgd
+
+
+@recipe
+def psgd_kron(
+    lr: Number = 0.001,
+    beta: Number = 0.9,
+    weight_decay: Number = 0.0,
+    preconditioner_update_probability: Number | None = None,
+    max_size_triangular: int = 2048,
+    min_ndim_triangular: int = 2,
+    memory_save_mode: str | None = None,
+    momentum_into_precond_update: bool = True,
+    warmup_steps: int = 1,
+    merge_dims: bool = False,
+    split: bool = False,
+    store_triu_as_line: bool = True,
+    q_dtype: str = "float32",
+    stochastic_schedule: bool = True,
+    storage_dtype: str = "float32",
+    mars: bool = False,
+    caution: bool = False,
+    mars_gamma: float | Tensor = 0.0025,
+    delayed: bool = False,
+    cached: bool = False,
+    exp_avg_input: bool = True,
+    gradient_clipping: Clipping = None,
+    update_clipping: Clipping = "trust_region_clip_",
+    precond_init_scale: float | Tensor = 1.0,
+    precond_lr: float | Tensor = 0.1,
+    *,
+    curvature: bool = False,
+    caution_scaling: bool = True,
+    seed: int | Tensor = 0,
+) -> Transform:
+    """PSGD with Kronecker factors (Li 2015, arXiv 1512.04202; 2024, arXiv 2402.04553) on a momentum.
+
+    beta: of the momentum, the debiased average that is preconditioned; `exp_avg_input=False` (PurePSGD) has none.
+    curvature: fit on Hessian-vector products, given to `update` as `curvature=` at every step: Newton's method.
+    The others: see `scale_by_psgd`. A number for preconditioner_update_probability is in the state too.
+    """
+    flags = {
+        "momentum_into_precond_update": momentum_into_precond_update,
+        "merge_dims": merge_dims,
+        "split": split,
+        "store_triu_as_line": store_triu_as_line,
+        "stochastic_schedule": stochastic_schedule,
+        "delayed": delayed,
+        "cached": cached,
+        "curvature": curvature,
+    }
+    check_flags(**flags, exp_avg_input=exp_avg_input)
+
+    def rule(beta: Number, **numbers: Any) -> Transform:
+        fitted = scale_by_psgd(
+            **numbers,
+            **flags,
+            max_size_triangular=max_size_triangular,
+            min_ndim_triangular=min_ndim_triangular,
+            memory_save_mode=memory_save_mode,
+            q_dtype=q_dtype,
+            seed=seed,
+        )
+        moving = chain(*([exp_avg(beta)] if exp_avg_input else []), fitted, name="psgd")
+        # Without "grads" in its needs, it takes what it is given for them: after MARS and clipping, before momentum.
+        return moving._replace(needs=("refresh", "curvature"))
+
+    return around(
+        "psgd_kron",
+        rule,
+        lr=lr,
+        beta=beta,
+        weight_decay=weight_decay,
+        preconditioner_update_probability=preconditioner_update_probability,
+        precond_init_scale=precond_init_scale,
+        precond_lr=precond_lr,
+        warmup_steps=warmup_steps,
+        storage_dtype=storage_dtype,
+        mars=mars,
+        caution=caution,
+        mars_gamma=mars_gamma,
+        gradient_clipping=gradient_clipping,
+        update_clipping=update_clipping,
+        caution_scaling=caution_scaling,
+        seed=seed,
+    )
+
+
+class ForeachPSGDKron(WithCurvature, RecipeOptimizer, recipe=psgd_kron, foreach_before="q_dtype"):
+    """PSGD with Kronecker-factored preconditioners (Li 2015, arXiv 1512.04202; 2024, arXiv 2402.04553).
+
+    The arguments are those of `hbfunc.psgd_kron`; what they mean is said in `hbfunc.scale_by_psgd`.
+    curvature: Newton's method. The factors are fitted on Hessian-vector products, which step(closure) takes from a
+    closure that returns the loss and does not call backward(): `opt.step(lambda: loss_fn(model(x), y))`.
+    """
+
+    update_clipping = "trust_region_clip_"
+    delayed: bool = False
+    cached: bool = False
+    exp_avg_input: bool = True
+
+
+class ForeachPurePSGD(ForeachPSGDKron, title="pure_psgd"):
+    """PSGD-Kron without momentum."""
+
+    exp_avg_input = False
+
+
+class ForeachCachedDelayedPSGDKron(ForeachPSGDKron, title="cached_delayed_psgd_kron"):
+    """PSGD-Kron that applies the factors of the step before, from a cache of Q^T Q."""
+
+    delayed = True
+    cached = True
+
+
+class ForeachCachedPSGDKron(ForeachPSGDKron, title="cached_psgd_kron"):
+    """PSGD-Kron with a cache of Q^T Q."""
+
+    cached = True
+
+
+class ForeachDelayedPSGD(ForeachPSGDKron, title="delayed_psgd"):
+    """PSGD-Kron that applies the factors of the step before."""
+
+    delayed = True
+
+
+PSGDKron = ForeachPSGDKron
+PurePSGD = ForeachPurePSGD
+DelayedPSGD = ForeachDelayedPSGD
+CachedPSGDKron = ForeachCachedPSGDKron
+CachedDelayedPSGDKron = ForeachCachedDelayedPSGDKron

@@ -1,0 +1,59 @@
+"""Schedule-Free AdamW: recipe and classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbfunc.chainable.optimizers import ScheduleFree
+from hbfunc.optimizers.adam import rmsprop
+from hbfunc.optimizers.base import RecipeOptimizer
+from hbfunc.pipeline import around, like
+from hbfunc.schedules import Number
+from hbfunc.transform import Transform
+from hbfunc.transforms.adaptive import scale_by_exp_avg_sq
+from hbfunc.transforms.schedule_free import schedule_free
+
+
+@like(rmsprop)
+def sfadamw(*, betas: Any, **options: Any) -> Transform:
+    """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682).
+
+    Evaluate at `schedule_free_eval_params`; a model with BatchNorm after `hbfunc.recompute_batchnorm` there.
+
+    The parameter is y, between the sequence z that steps and its average x, weighted by lr^weight_lr_power * t^r:
+
+        v <- average of g^2 with beta2, debiased;  u = g / max(sqrt(v), eps) + weight_decay * y
+        z <- z - lr * u;  x <- (1 - c) * x + c * z, with c the share of this step's weight in the sum
+        y = beta1 * x + (1 - beta1) * z
+
+    `caution` has no effect without `mars` or a clipping function, and gives a warning: updates have the signs of the
+    gradient.
+    """
+    if isinstance(betas, (list, tuple)) and betas and callable(betas[0]):
+        raise TypeError(f"betas[0]={betas[0]!r}: Schedule-Free needs a number, not a schedule")
+
+    def rule(beta1: Number, beta2: Number, eps: Any, r: Any, weight_lr_power: Any) -> Transform:
+        return scale_by_exp_avg_sq(beta2, eps)
+
+    def tail(lr: Number, beta1: Any, beta2: Number, eps: Any, r: Any, weight_lr_power: Any) -> Transform:
+        return schedule_free(lr, beta1, weight_lr_power=weight_lr_power, r=r)
+
+    return around("sfadamw", rule, tail=tail, keeps_signs=True, betas=betas, **options)
+
+
+class ForeachSFAdamW(RecipeOptimizer, ScheduleFree, recipe=sfadamw, foreach_before="storage_dtype"):
+    """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682); the arguments are those of `hbfunc.sfadamw`.
+
+    Call `eval()` before evaluating or saving the model, and `train()` before training on, as with the authors' package.
+    A model with BatchNorm needs `hbfunc.recompute_batchnorm` after `eval()`: its running statistics are those of y.
+    """
+
+
+class PaLMForeachSFAdamW(ForeachSFAdamW, title="palm_sfadamw"):
+    """Schedule-Free AdamW with PaLM's beta2."""
+
+    palm = True
+
+
+SFAdamW = ForeachSFAdamW
+PaLMSFAdamW = PaLMForeachSFAdamW

@@ -1,0 +1,133 @@
+"""SOAP, Adam in the eigenbasis of Shampoo's preconditioner: recipe and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hbfunc.optimizers.base import RecipeOptimizer
+from hbfunc.pipeline import Betas, Clipping, around, check_flags, recipe
+from hbfunc.schedules import Number
+from hbfunc.transform import Transform
+from hbfunc.transforms.soap import scale_by_soap
+
+
+@recipe(without=("storage_dtype",))  # stacks are stored as they are computed
+def soap(
+    lr: Number = 3e-3,
+    betas: Betas = (0.9, 0.95),
+    shampoo_beta: Number = 0.95,
+    eps: float | Tensor = 1e-8,
+    weight_decay: Number = 0.01,
+    precondition_frequency: int | Tensor = 2,
+    max_precond_dim: int = 2048,
+    merge_dims: bool = True,
+    precondition_1d: bool = False,
+    normalize_grads: bool = False,
+    data_format: str = "channels_first",
+    correct_bias: bool = True,
+    warmup_steps: int = 1,
+    split: bool = False,
+    mars: bool = False,
+    caution: bool = False,
+    mars_gamma: float | Tensor = 0.0025,
+    palm: bool = False,
+    precond_scheduler: Sequence[float] = (1 / 3, 9),
+    beta2_scale: float | Tensor = 0.8,
+    use_precond_schedule: bool = False,
+    gradient_clipping: Clipping = None,
+    update_clipping: Clipping = None,
+    *,
+    inner: str = "adam",
+    stop_gradient: bool = False,
+    seed: int | Tensor = 0,
+    **common: Any,
+) -> Transform:
+    """SOAP (Vyas et al. 2024, arXiv 2409.11321). The first step moves nothing, weight decay included.
+
+    PaLM's t counts the updates of the inner rule. `precondition_frequency` is a hyperparameter in the state when it is
+    a tensor. The other options, and `refresh=`, are described in `scale_by_soap`.
+    """
+    flags = {
+        "merge_dims": merge_dims,
+        "precondition_1d": precondition_1d,
+        "normalize_grads": normalize_grads,
+        "correct_bias": correct_bias,
+        "split": split,
+        "use_precond_schedule": use_precond_schedule,
+        "stop_gradient": stop_gradient,
+    }
+    check_flags(**flags)
+
+    def rule(
+        beta1: Number, beta2: Number, eps: Any, shampoo_beta: Number, precondition_frequency: int | Tensor
+    ) -> Transform:
+        return scale_by_soap(
+            beta1,
+            beta2,
+            shampoo_beta,
+            eps,
+            precondition_frequency=precondition_frequency,
+            max_precond_dim=max_precond_dim,
+            data_format=data_format,
+            precond_scheduler=precond_scheduler,
+            inner=inner,
+            seed=seed,
+            **flags,
+        )
+
+    return around(
+        "soap",
+        rule,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        shampoo_beta=shampoo_beta,
+        precondition_frequency=precondition_frequency,
+        weight_decay=weight_decay,
+        warmup_steps=warmup_steps,
+        mars=mars,
+        caution=caution,
+        mars_gamma=mars_gamma,
+        palm=palm,
+        beta2_scale=beta2_scale,
+        gradient_clipping=gradient_clipping,
+        update_clipping=update_clipping,
+        seed=seed,
+        **common,
+    )
+
+
+class ForeachSOAP(RecipeOptimizer, recipe=soap, foreach_before="mars"):
+    """SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the slowly changing eigenbasis of Shampoo's factors.
+
+    The arguments are those of `hbfunc.soap`; what they mean is said in `hbfunc.scale_by_soap`.
+    """
+
+    use_precond_schedule: bool = False
+
+
+class PaLMForeachSOAP(ForeachSOAP, title="palm_soap"):
+    """SOAP with PaLM's beta2."""
+
+    palm = True
+
+
+class PrecondScheduleForeachSOAP(ForeachSOAP, title="precond_schedule_soap"):
+    """SOAP whose basis is refreshed ever more rarely, at random: see precond_scheduler."""
+
+    use_precond_schedule = True
+
+
+class PrecondSchedulePaLMForeachSOAP(PrecondScheduleForeachSOAP, title="precond_schedule_palm_soap"):
+    """SOAP with PaLM's beta2 and ever rarer refreshes."""
+
+    palm = True
+
+
+SOAP = ForeachSOAP
+PaLMSOAP = PaLMForeachSOAP
+PrecondScheduleSOAP = PrecondScheduleForeachSOAP
+PrecondSchedulePaLMSOAP = PrecondSchedulePaLMForeachSOAP

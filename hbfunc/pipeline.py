@@ -1,0 +1,252 @@
+"""What every recipe is made of besides its rule: one pipeline for all. A step is, in order,
+
+    g -> MARS -> gradient_clipping -> rule -> update_clipping -> caution -> p * (1 - lr * weight_decay) - lr * u
+
+    @recipe
+    def lion(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **common):
+        return around("lion", scale_by_lion, lr=lr, betas=betas, weight_decay=weight_decay, **common)
+
+The numbers of a recipe are in its state, under "hyper" (`with_hyperparameters`): floats, 0-dim tensors and schedules
+are numbers, everything else is a choice that shapes the graph. Options that all recipes share are the arguments of
+`around` that have a default.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from hbfunc.combinators import caution as caution_
+from hbfunc.combinators import mars_correction, with_hyperparameters
+from hbfunc.precision import round_to_parameters, with_storage
+from hbfunc.schedules import Number, after_first, palm_beta2, warmup
+from hbfunc.transform import Transform, chain, check_number, remembered
+from hbfunc.transforms.clipping import Clip, clip_by
+from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
+
+Clipping = str | Clip | Transform | None
+Betas = Sequence[Number]
+
+SCHEDULES = (  # the numbers that may be functions of the step
+    *("lr", "beta", "beta1", "beta2", "beta2_scale", "shampoo_beta", "weight_decay"),
+    "preconditioner_update_probability",
+)
+_INF = float("inf")
+RANGES = {  # of hyperparameters: from, to, and whether each end is left out
+    **dict.fromkeys(("lr", "eps", "weight_decay", "mars_gamma", "beta2_scale", "precond_lr"), (0, _INF, False, True)),
+    "clip_exp": (0, _INF, False, True),
+    **dict.fromkeys(("beta", "beta1", "beta2", "shampoo_beta"), (0, 1, False, True)),
+    "precond_init_scale": (0, _INF, True, True),
+    "preconditioner_update_probability": (0, 1, False, False),
+    **dict.fromkeys(("r", "weight_lr_power"), (-_INF, _INF, True, True)),
+}
+
+RECIPES: dict[str, Callable[..., Transform]] = {}  # by name, in the order of their definitions
+
+
+class Common(TypedDict, total=False):
+    """Options that every recipe takes by keyword, where its own signature does not name them: see `around`."""
+
+    warmup_steps: int
+    storage_dtype: str
+    mars: bool
+    caution: bool
+    mars_gamma: float | Tensor
+    gradient_clipping: Clipping
+    update_clipping: Clipping
+    palm: bool
+    beta2_scale: float | Tensor
+    caution_scaling: bool
+    seed: int | Tensor
+
+
+def around(
+    name: str,
+    rule: Callable[..., Transform],
+    *,
+    lr: Number,
+    betas: Betas | None = None,
+    weight_decay: Number = 0.0,
+    warmup_steps: int = 0,
+    storage_dtype: str = "float32",
+    mars: bool = False,
+    caution: bool = False,
+    mars_gamma: float | Tensor = 0.0025,
+    gradient_clipping: Clipping = None,
+    update_clipping: Clipping = None,
+    palm: bool = False,
+    beta2_scale: float | Tensor = 0.8,
+    caution_scaling: bool = True,
+    seed: int | Tensor = 0,
+    tail: Callable[..., Transform] | None = None,
+    keeps_signs: bool = False,
+    **options: Any,
+) -> Transform:
+    """The recipe of that name around the rule `rule(**options)`.
+
+    lr: learning rate; `warmup_steps` > 0 makes it lr * min(1, t / warmup_steps).
+    betas: decays of the first and second moment; in the state, and to the rule, beta1 and beta2.
+    weight_decay: decoupled, scaled by the same rate. Where the rule's first step moves nothing, neither does decay.
+    storage_dtype: of what is kept: "float32" (float64 for float64 parameters), "bfloat16", stochastically rounded, or
+        "float64".
+    mars, mars_gamma: variance-reduced gradients. caution: drop the updates that go against the gradient;
+        caution_scaling=False does not rescale the others.
+    gradient_clipping, update_clipping: a documented name, a pure function of a list of tensors, a Transform, or None.
+    palm, beta2_scale: beta2 = 1 - t^(-beta2_scale).
+    seed: of the random draws (an int, or an integer tensor under vmap); the key is in the state.
+    tail: what turns the rule's updates into steps, given the warmed-up lr and the rule's arguments; by default
+        `scale_by_learning_rate(lr)`.
+    keeps_signs: the rule divides the gradient by positive numbers, so that `caution` drops nothing; it warns, unless
+        MARS or a clipping function of the user's may change signs.
+    options: what else the rule takes, by its names. Numbers with a known range become hyperparameters, as floats do.
+
+    Raises ValueError for a number outside its range, TypeError for a flag that is no bool.
+    """
+    check_flags(mars=mars, caution=caution, palm=palm, caution_scaling=caution_scaling)
+    named = all(clip is None or isinstance(clip, str) for clip in (gradient_clipping, update_clipping))
+    if keeps_signs and caution is True and mars is False and named:
+        warnings.warn(
+            f"caution=True has no effect in {name}, whose updates have the signs of the gradient: leave it out",
+            stacklevel=5,
+        )
+    numbers: dict[str, Any] = {"lr": lr}
+    if betas is not None:
+        numbers["beta1"], numbers["beta2"] = two_betas(betas)
+    elif palm:
+        raise TypeError(f"palm={palm!r}: {name} has no second moment, expected False")
+    numbers |= {k: v for k, v in options.items() if k in RANGES and v is not None}
+    numbers |= {"weight_decay": weight_decay, "mars_gamma": mars_gamma}
+    if betas is not None:
+        numbers["beta2_scale"] = beta2_scale
+    numbers = {k: number(k, v) for k, v in numbers.items()} | {
+        k: v for k, v in options.items() if isinstance(v, Tensor)
+    }
+    choices = {k: v for k, v in options.items() if k not in numbers}
+
+    def whole(lr: Number, weight_decay: Number, mars_gamma: Any, beta2_scale: Any = None, **more: Any) -> Transform:
+        more = {**choices, **more}
+        momentum = more.get("beta1", more.get("beta"))
+        if palm:
+            more["beta2"] = palm_beta2(beta2_scale)
+        scaled, rate = rule(**more), warmup(lr, warmup_steps)
+        return with_storage(
+            chain(
+                *before(mars, mars_gamma, momentum, gradient_clipping),
+                scaled,
+                *after(update_clipping, caution, caution_scaling),
+                add_decayed_weights(weight_decay if scaled.first_step_moves else after_first(weight_decay)),
+                scale_by_learning_rate(rate) if tail is None else tail(rate, **more),
+                round_to_parameters(seed),
+                name=name,
+            ),
+            storage_dtype,
+            seed,
+        )
+
+    return with_hyperparameters(whole, **numbers)
+
+
+def before(mars: bool, mars_gamma: Any, beta1: Any, gradient_clipping: Clipping) -> list[Transform]:
+    """What comes between the raw gradient and the rule."""
+    if mars and (callable(beta1) or beta1 is None):
+        raise TypeError(f"beta1={beta1!r}: MARS needs a number, not a schedule")
+    clip = [clip_by(gradient_clipping, "gradient_clipping")] if gradient_clipping is not None else []
+    return [mars_correction(mars_gamma, beta1), *clip] if mars else clip
+
+
+def after(update_clipping: Clipping, caution: bool, caution_scaling: bool) -> list[Transform]:
+    """What comes between the rule and the parameters."""
+    clip = [clip_by(update_clipping, "update_clipping")] if update_clipping is not None else []
+    return [*clip, caution_(caution_scaling)] if caution else clip
+
+
+# Signatures: written once, and known to whoever derives something from a recipe.
+
+
+def recipe(fn: Callable[..., Transform] | None = None, *, without: Collection[str] = ()) -> Any:
+    """Register a recipe. Behind its `**common`, its signature shows the options of `around` but those in `without`."""
+    if fn is None:
+        return functools.partial(recipe, without=without)
+    own = inspect.signature(fn).parameters
+    shared = inspect.signature(around).parameters
+    names = [name for name in Common.__annotations__ if name not in (*own, *without)]
+    more = [shared[name] for name in names] if any(p.kind is p.VAR_KEYWORD for p in own.values()) else []
+    return _registered(fn, [*own.values(), *more])
+
+
+def like(other: Callable[..., Transform], **defaults: Any) -> Callable[[Callable[..., Transform]], Any]:
+    """Register a recipe that has the arguments of another, in its order, and takes them by keyword.
+
+    defaults: values that differ from the other's. Arguments of its own come behind the others.
+
+        @like(adamw)
+        def laprop(**options):
+            return around("laprop", scale_by_laprop, **options)
+    """
+
+    def decorate(fn: Callable[..., Transform]) -> Callable[..., Transform]:
+        theirs = inspect.signature(other).parameters
+        changed = [p.replace(default=defaults.get(p.name, p.default)) for p in theirs.values()]
+        return _registered(fn, [*changed, *(p for n, p in inspect.signature(fn).parameters.items() if n not in theirs)])
+
+    return decorate
+
+
+def _registered(fn: Callable[..., Transform], listed: Sequence[inspect.Parameter]) -> Callable[..., Transform]:
+    """`fn`, called by keyword, as a recipe with these arguments."""
+    signature = inspect.Signature(sorted([p for p in listed if p.kind is not p.VAR_KEYWORD], key=lambda p: p.kind))
+    values = {p.name: p.default for p in signature.parameters.values()}
+    positional = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    @remembered
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **options: Any) -> Transform:
+        given = {**dict(zip(positional, args, strict=False)), **options}
+        if len(args) > len(positional) or len(given) < len(args) + len(options):
+            raise TypeError(f"{fn.__name__}: expected at most {len(positional)} arguments in place, and each only once")
+        for name in options:
+            if name not in values:
+                raise TypeError(f"{fn.__name__}: unknown option {name!r}, expected one of {', '.join(values)}")
+        return fn(**{**values, **given})
+
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]
+    RECIPES[fn.__name__] = wrapper
+    return wrapper
+
+
+# What the numbers and flags of recipes may be.
+
+
+def two_betas(betas: Any) -> tuple[Any, Any]:
+    """The two of `betas`. Raises ValueError for what is no pair."""
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: expected two numbers")
+    first, second = betas
+    return first, second
+
+
+def number(name: str, value: Any) -> Any:
+    """A hyperparameter, checked. Ints become floats: weight_decay=0 is a number of the state and not a choice."""
+    if callable(value) and name not in SCHEDULES:
+        raise TypeError(f"{name}={value!r}: expected a number; schedules are for {', '.join(SCHEDULES)}")
+    check_value(name, value)
+    return float(value) if isinstance(value, int) else value
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raise ValueError or TypeError unless `value` may be the hyperparameter of that name: its range is known, or else
+    is the finite numbers. Schedules, and the values of tensors, are not looked at."""
+    low, high, open_low, open_high = RANGES.get(name, (-_INF, _INF, True, True))
+    check_number(name, value, low, high, open_low=open_low, open_high=open_high)
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise TypeError for what is no bool: "False", say, would mean True. Tensors are not looked at."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, Tensor)):
+            raise TypeError(f"{name}={value!r}: expected True or False")
