@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 import re
@@ -38,7 +39,7 @@ NEARLY_ONE = 1 - 2e-8
 
 def options(factory: Callable[..., Any], value: Any) -> list[dict[str, Any]]:
     """The ways to give a factory a decay."""
-    known = hbfunc.optim.shim.parameters(factory)
+    known = inspect.signature(factory).parameters
     found = [{name: value} for name in OPEN if name in known]
     return found + ([{"betas": (value, 0.9)}, {"betas": (0.9, value)}] if "betas" in known else [])
 
@@ -137,7 +138,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def known(factory: Callable[..., Any]) -> dict[str, Any]:
-    return {k: v for k, v in OPTIONS.items() if k in hbfunc.optim.shim.parameters(factory)}
+    return {k: v for k, v in OPTIONS.items() if k in inspect.signature(factory).parameters}
 
 
 @pytest.mark.parametrize("kind", KINDS)

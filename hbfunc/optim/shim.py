@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hbfunc import nonfinite, random
+from hbfunc import nonfinite, random, utils
 from hbfunc.autocast import in_own_precision
 from hbfunc.exchange import is_sharded, local
 from hbfunc.optim import checkpoint, sharded
