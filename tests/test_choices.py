@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hbfunc
 from hbfunc import utils
-from hbfunc.recipes.partitioned import ENDS, chooses_matrices
+from hbfunc.optimizers.partitioned import ENDS, chooses_matrices
 
 
 @pytest.fixture(autouse=True)

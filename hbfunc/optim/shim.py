@@ -28,7 +28,7 @@ from hbfunc.optim.state import EMA
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import check_flags, check_value
 from hbfunc.schedules import ema_weight
-from hbfunc.transform import Leaves, Transform, as_real, check_dtype, plain
+from hbfunc.transform import Leaves, Transform, as_real, check_dtype
 from hbfunc.transforms.adaptive import ema
 
 
