@@ -181,7 +181,7 @@ def test_a_tensor_of_one_goes_on_to_be_read_at_every_step():
 def test_what_is_no_number_is_refused_as_before():
     params = parameters()
     for bad in (np.array([0.1, 0.2]), torch.tensor([0.1, 0.2]), np.float32(-1), np.array([-1.0])):
-        with pytest.raises((TypeError, ValueError), match="^lr"):
+        with pytest.raises((TypeError, ValueError), match=r"^lr"):
             hbfunc.AdamW(params.items(), lr=bad)
     with pytest.raises(ValueError, match="betas="):
         hbfunc.AdamW(params.items(), betas=np.array([0.9, 0.99, 0.999]))

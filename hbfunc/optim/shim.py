@@ -69,7 +69,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Lookahead, loggers. Then zero_grad() is yours. None: as `hbfunc.utils.consume_grad`, at first True, says at the
         step.
     seed: of the random draws; None takes torch.initial_seed(), so that torch.manual_seed governs them, and 0 in a job
-        of torch.distributed, whose ranks must draw the same, however they are seeded.
+        of torch.distributed, whose ranks must draw the same, however they are seeded: one that has begun at the first
+        step, if not before.
     """
 
     more_defaults: ClassVar[Mapping[str, Any]] = {}  # options of every group that are no arguments
@@ -97,11 +98,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         defaults.setdefault("consume_grad", None)
         defaults |= {"foreach": option(foreach), "seed": _default_seed() if seed is None else option(seed)}
         defaults |= self.more_defaults
+        self._unseeded = seed is None  # the seed is torch's, until the first step knows better
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
         self._pairs: dict[Tensor, Tensor] = {}  # complex parameters, seen as reals
         self._new: list[Tensor] = []  # whose state this step has made
         self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
         super().__init__(params, defaults)
+        for i in range(len(self.param_groups)):
+            self._check_whole(i)
 
     def _resolved(self, name: str, value: Any) -> Any:
         if value is not use_default:
@@ -171,6 +175,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return loss
 
     def _advance_all(self) -> None:
+        if self._unseeded:
+            self._agree_on_seed()
         for p in self._pairs:
             self._leaf(p)
         for i, group in enumerate(self.param_groups):
@@ -205,6 +211,29 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for group in filter(consumes, self.param_groups):
                 for p in group["params"]:
                     p.grad = None
+
+    def _agree_on_seed(self) -> None:
+        """At the first step: where a job has begun since the optimizer was made, the seed that its ranks have in
+        common, in every group that has torch's and nothing drawn yet."""
+        self._unseeded = False
+        chosen, common = self.defaults["seed"], _default_seed()
+        for group in self.param_groups if in_a_job() else ():
+            if group["seed"] == chosen and not any(self.state.get(p) for p in group["params"]):
+                group["seed"] = common
+
+    def _check_whole(self, index: int) -> None:
+        """Raise for parameters that FSDP1 has flattened and cut, where the transform of a group looks at whole ones."""
+        group = self.param_groups[index]
+        flat = [getattr(p, "_fsdp_flattened", False) for p in group["params"]]
+        if not any(flat) or (self.transform(group).elementwise and group["nonfinite"] in ("propagate", "raise")):
+            return
+        every = (p for g in self.param_groups for p in g["params"])
+        if any(getattr(p, "_fsdp_flattened", False) and p.ndim > 1 for p in every):
+            return  # NO_SHARD: they are whole, and as they were
+        raise ValueError(
+            f"params[{self._names(index)[flat.index(True)]!r}] is a flat shard of FSDP1, and {type(self).__name__} "
+            "with these options looks at whole tensors: expected FSDP2's, torch.distributed.fsdp.fully_shard(model)"
+        )
 
     def _rehearse(self, steps: list[tuple[Unit, Any, list[Tensor] | None]]) -> None:
         """Meet what the steps would raise before any of them writes."""
@@ -307,6 +336,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _built(self, index: int, group: dict[str, Any]) -> tuple[Any, list[Unit]]:
         """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views."""
+        self._check_whole(index)
         names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
         owners = {names[id(p)]: p for p in trainable(group)}
         for k, p in owners.items():
@@ -502,11 +532,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         with self._showing_all():
-            return {**super().__getstate__(), "use_ema": self.use_ema}
+            return {**super().__getstate__(), "use_ema": self.use_ema, "_unseeded": self._unseeded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
-            super().__setstate__({**state, "_units": {}, "_apart": set(), "_pairs": {}, "_new": []})
+            super().__setstate__({"_unseeded": False, **state, "_units": {}, "_apart": set(), "_pairs": {}, "_new": []})
             return
         groups = [
             checkpoint.merged(mine, loaded, f"param_groups[{i}]")
