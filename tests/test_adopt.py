@@ -121,20 +121,20 @@ def test_dead_elements_stay_where_they_are(eps: float) -> None:
 
 
 def test_a_relu_network_does_not_diverge() -> None:
-    """At its defaults, the loss of a small regression falls."""
+    """At its defaults, on inputs that are mostly zero, the loss falls, where it went to millions."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
-    x = torch.randn(256, 8)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+    x = torch.randn(256, 32) * (torch.rand(256, 32) > 0.9)
     y = x.sin().sum(1, keepdim=True)
     optimizer = hbfunc.ADOPT(model.parameters())
-    losses = []
+    losses = [(model(x) - y).square().mean().item()]
     for t in range(100):
         batch = torch.randint(256, (32,), generator=torch.Generator().manual_seed(t))
         (model(x[batch]) - y[batch]).square().mean().backward()
         optimizer.step()
         losses.append((model(x) - y).square().mean().item())
-    assert max(losses) < 2 * losses[0]
-    assert losses[-1] < losses[0] / 3
+    assert max(losses) < 1.1 * losses[0]
+    assert losses[-1] < losses[0] / 4
 
 
 def test_it_reads_digits() -> None:

@@ -340,9 +340,7 @@ def test_hugging_faces_schedules(transformers: Any, name: str) -> None:
         model = network()
         optimizer = OPTIMIZERS[name](model.named_parameters())
         groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": g["lr"]} for g in optimizer.param_groups]
-        if "lr" not in optimizer.defaults and kind in ("polynomial", "cosine_with_min_lr", "cosine_warmup_with_min_lr"):
-            continue
-        reference = torch.optim.SGD(groups, lr=optimizer.defaults.get("lr", 0.02))
+        reference = torch.optim.SGD(groups, lr=optimizer.defaults["lr"])
         options = {"num_warmup_steps": 2, "num_training_steps": 8, "scheduler_specific_kwargs": SCHEDULES.get(kind)}
         ours, theirs = (transformers.get_scheduler(kind, o, **options) for o in (optimizer, reference))
         for t, batch in enumerate(batches(6)):
@@ -475,6 +473,40 @@ def test_timm_creates_optimizers(timm: Any, name: str) -> None:
                 o.step()
             scheduler.step_update(t + 1)
         assert same(model.parameters(), other.parameters())
+
+
+def look_ahead(timm: Any, name: str) -> tuple[Any, Any]:
+    model = network()
+    return model, timm.optim.Lookahead(OPTIMIZERS[name](model.named_parameters(), consume_grad=False), alpha=0.5, k=2)
+
+
+def stepped(model: Any, optimizer: Any, data: Any) -> list[Tensor]:
+    for batch in data:
+        optimizer.zero_grad()
+        loss_of(model, *batch).backward()
+        optimizer.step()
+    return values(model)
+
+
+@every
+def test_timms_lookahead(timm: Any, name: str) -> None:
+    """It looks at the gradients after the step: with consume_grad=False it finds them, and its slow weights move."""
+    found = stepped(*look_ahead(timm, name), batches(8))
+    model, slow = network(), None
+    inner = OPTIMIZERS[name](model.named_parameters())
+    for t, batch in enumerate(batches(8), 1):
+        stepped(model, inner, [batch])
+        if t % 2 == 0:
+            fast = values(model)
+            slow = fast if slow is None else [s + 0.5 * (f - s) for s, f in zip(slow, fast, strict=True)]
+            with torch.no_grad():
+                for p, s in zip(model.parameters(), slow, strict=True):
+                    p.copy_(s)
+    for p, q in zip(found, values(model), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    alone = network()
+    without = stepped(alone, OPTIMIZERS[name](alone.named_parameters()), batches(8))
+    assert not same(without, found)
 
 
 # -- torch.distributed.checkpoint -----------------------------------------------------------------------------------
