@@ -2,17 +2,20 @@
 
 A new rule gets all of them by adding one row:
 
-    Row("lion", hbfunc.lion, {"lr": 0.1}, numbers=("lr", "beta1", "beta2", "weight_decay"))
+    Row("lion", hbfunc.lion, {"lr": 0.1}, numbers=("lr", "beta1", "beta2", "weight_decay", "mars_gamma", "beta2_scale"))
 
 where tests/oracles.py has the float64 oracle `lion`, written in plain loops from the paper. A row's oracle gets the
-arguments of the row, and `oracle_kwargs` where the two spell something differently.
+arguments of the row, and `oracle_kwargs` where the two spell something differently. An optimizer may have oracle and
+rows, a list `ROWS`, in a file of its own in tests/families/.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -408,3 +411,5 @@ TABLE: list[Row] = [
     *soap(),
     *psgd(),
 ]
+FAMILIES = sorted(path.stem for path in Path(__file__).with_name("families").glob("*.py"))
+TABLE += [row for name in FAMILIES for row in importlib.import_module(f"families.{name}").ROWS]

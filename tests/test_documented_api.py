@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import stubs
 
 import hbfunc
 import hbfunc as heavyball
@@ -194,3 +195,7 @@ def test_signatures_of_the_composition_api():
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(C, name)).parameters)[: len(parameters)] == parameters, name
     assert C.BaseOpt.__init__.__kwdefaults__["compile_step"] is C.use_default
+
+
+def test_what_editors_know_is_what_there_is():
+    assert stubs.PATH.read_text() == stubs.stub(), "run: python tests/stubs.py"
