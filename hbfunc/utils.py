@@ -15,7 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hbfunc.combinators import caution as caution_
+from hbfunc.transform import apply_updates, chain
 from hbfunc.transforms import clipping
+from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 
 compile_mode: str | None = "max-autotune-no-cudagraphs"
 dynamic: bool | None = False
@@ -26,12 +29,8 @@ consume_grad: bool = True  # whether a step clears the gradients, where a param 
 Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 
 
-def __getattr__(name: str) -> Any:
-    if name != "StatefulOptimizer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hbfunc.optim.shim import StatefulOptimizer  # which reads the settings here, so it comes later
-
-    return StatefulOptimizer
+# The base of the classes. It reads the settings here, so it is not imported: `hbfunc.optim.shim` puts it here.
+StatefulOptimizer: type[torch.optim.Optimizer] = torch.optim.Optimizer
 
 
 # Clipping, as `gradient_clipping` and `update_clipping` take it: a tensor or a list of tensors, each by itself. New
@@ -89,14 +88,10 @@ def update_param_(
 
     Raises ValueError for caution without gradients.
     """
-    from hbfunc.chainable.rules import agreeing, decayed
-    from hbfunc.transform import apply_updates, chain
-    from hbfunc.transforms.steps import scale_by_learning_rate
-
     if caution and grad is None:
         raise ValueError("caution=True, grad=None: expected the gradients, whose signs decide")
-    group = {"weight_decay": decay, "caution": caution}
-    step = chain(*agreeing(group), decayed(group), scale_by_learning_rate(lr))
+    agree = [caution_(caution_scaling)] if caution else []
+    step = chain(*agree, add_decayed_weights(decay), scale_by_learning_rate(lr))
     params, updates, grads = (
         dict(enumerate([x] if isinstance(x, Tensor) else x)) for x in (param, update, update if grad is None else grad)
     )
@@ -160,7 +155,7 @@ def hook_optimizer_into_model(
         p.grad = None
 
     # hbfunc's classes draw by the names of parameters.
-    named = isinstance(optimizer, type) and issubclass(optimizer, __getattr__("StatefulOptimizer"))
+    named = isinstance(optimizer, type) and issubclass(optimizer, StatefulOptimizer)
     optimizers: dict[Tensor, torch.optim.Optimizer] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

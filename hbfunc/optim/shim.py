@@ -551,6 +551,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 self._units[i] = (None, built[1]) if self.transform(group).elementwise else built
 
 
+utils.StatefulOptimizer = StatefulOptimizer
+
+
 def _default_seed() -> int:
     return 0 if in_a_job() else torch.initial_seed()
 
