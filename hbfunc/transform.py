@@ -500,7 +500,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     """params + updates, leaf by leaf, summed in float32 (float64 for float64) and kept in the dtype of the parameters.
 
     A leaf whose update is None stays as it is, the same tensor. Nothing is detached, so that one can differentiate
-    through a training: parameters that require grad keep a record of it. Raises ValueError naming the first path at which the trees differ.
+    through a training: parameters that require grad keep a record of it. Raises ValueError naming the first path at
+    which the trees differ.
     """
     flat, back, pairs = _real_params(params, elementwise=True)
     added = flat_like(flat, updates, "updates", pairs)
