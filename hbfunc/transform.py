@@ -322,12 +322,12 @@ def transform(
         try:
             updates, new = in_own_precision(lambda: update(state, given, flat, **extras), kinds)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            amiss = misfit(state, init(flat))
+            amiss = misfit(state, init(flat), None if layout is None else layout(flat))
             if amiss is None:
                 raise
             raise ValueError(amiss) from error
         if not same_form(state, new) or any(u.shape != flat[k].shape for k, u in updates.items()):
-            amiss = misfit(state, init(flat))
+            amiss = misfit(state, init(flat), None if layout is None else layout(flat))
             if amiss is not None:
                 raise ValueError(amiss)
         more = extras.get("grads") or {}
@@ -361,7 +361,8 @@ def wrap(
     if inside and refreshes is not None:
         fields["refreshes"] = lambda state: refreshes(state[inside])
     fields |= {"made": None, **changes}
-    outer = transform(init, update, fields["name"], fields["needs"], elementwise=fields["elementwise"])
+    known = (fields[k] for k in ("name", "needs", "layout", "elementwise"))
+    outer = transform(init, update, *known)
     return Transform(**{**fields, "init": outer.init, "update": outer.update})
 
 

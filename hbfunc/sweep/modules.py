@@ -76,12 +76,12 @@ def _check(module: nn.Module) -> None:
     for name, child in module.named_modules():
         here = f"layer {name!r}" if name else "the module"
         drops = getattr(child, "dropout", None)
+        if isinstance(child, nn.RReLU):
+            raise ValueError(f"{here} is RReLU, which torch does not map, in eval mode either: put nn.LeakyReLU there")
         if not child.training:
             continue
         if isinstance(child, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and child.p:
             hint = f"put nn.Dropout({child.p}) in its place, or set its p to 0"
-        elif isinstance(child, nn.RReLU):
-            hint = "put nn.LeakyReLU in its place"
         elif isinstance(child, (nn.MultiheadAttention, nn.RNNBase)) and drops:
             hint = "set its `dropout` to 0.0, and put an nn.Dropout behind it"
         elif isinstance(child, nn.modules.batchnorm._NormBase) and child.momentum is None:
