@@ -14,6 +14,7 @@ compiled steps of the classes and `torch.vmap` want functions of tensors, such a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,14 +80,22 @@ def warmup(value: Number, steps: int) -> Number:
     if isinstance(steps, (int, float)) and steps == 0:
         return value
     length = float(steps) if isinstance(steps, int) else steps  # torch takes no int of more than 64 bits
-    return lambda t: at(value, t) * torch.clamp(t / length, max=1)
+    return partial(_warmed, value, length)  # which pickles, for transforms that are sent elsewhere
+
+
+def _warmed(value: Number, length: float | Tensor, t: Tensor) -> Tensor:
+    return at(value, t) * torch.clamp(t / length, max=1)
 
 
 def palm_beta2(scale: Number = 0.8) -> Decay:
     """PaLM's second-moment decay 1 - t^(-scale): 0 at t = 1 (Chowdhery et al. 2022, arXiv 2204.02311, section 5)."""
     check_number("beta2_scale", scale, 0, float("inf"), open_high=True)
     scale = plain(scale)
-    return Decay(lambda t: 1 - t ** -at(scale, t))
+    return Decay(partial(_palm, scale))
+
+
+def _palm(scale: Number, t: Tensor) -> Tensor:
+    return 1 - t ** -at(scale, t)
 
 
 def after_first(value: Number) -> Schedule:

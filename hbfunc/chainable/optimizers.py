@@ -120,7 +120,7 @@ class ChainOpt(StatefulOptimizer):
         for name, value in options.items():
             if not isinstance(value, bool):
                 self.check_hyperparameter(name, value)
-        check_flags(mars=group["mars"], caution=group["caution"])
+        check_flags(**{name: group[name] for name in ("mars", "caution") if name in group})
         super()._checked(group, names)
 
     def transform(self, group: dict[str, Any]) -> Transform:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbfunc.forms import short
 from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.optim.unit import Unit
 
@@ -52,7 +51,7 @@ class WithCurvature(StatefulOptimizer):
                 grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise RuntimeError(
-                f"curvature=True: the closure returned {short(loss)}, expected a loss with its graph, no backward()"
+                f"curvature=True: the closure returned {loss!r}, expected a loss with its graph; no backward() in it"
             ) from error
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.detach()

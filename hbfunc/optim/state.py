@@ -6,7 +6,7 @@ A stateful step writes in place, so neither view ever goes stale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -31,7 +31,7 @@ def places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
 def hyper_places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
     """Every hyperparameter of a state with its place, wherever in nested chains it is."""
     for key, value in state.items():
-        if key == "hyper":
+        if key == "hyper" and isinstance(value, dict):
             yield from (((*prefix, key, name), tensor) for name, tensor in value.items())
         elif isinstance(value, dict):
             yield from hyper_places(value, (*prefix, key))
@@ -100,11 +100,20 @@ def located(state: State, layout: Layout, paths: list[str]) -> list[tuple[Place,
                 first, count = rows.index(path), rows.count(path)
                 name = place[:-1] if _buckets(layout, place, path) == 1 else place
                 found.append((name, path, value[first] if count == 1 else value[first : first + count]))
-        elif place[-1] in paths:
+        elif place[-1] in paths and _by_leaf(state, place, paths):
             found.append((place[:-1], place[-1], value))
         else:
             found += [(place, path, value) for path in _sharing(state, place, paths)]
     return found
+
+
+def _by_leaf(state: State, place: Place, paths: Sequence[str]) -> bool:
+    """Whether the dict around a place has an entry for each leaf, and is not a transform's, whose keys may be called
+    like a leaf."""
+    node = state
+    for key in place[:-1]:
+        node = node[key]
+    return all(key in paths and not isinstance(value, dict) for key, value in node.items())
 
 
 def _sharing(state: State, place: Place, paths: list[str]) -> list[str]:

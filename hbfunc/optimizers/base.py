@@ -52,6 +52,8 @@ class RecipeOptimizer(BaseOpt):
         **more: Any,
     ) -> None:
         super().__init_subclass__(**more)
+        if recipe is None and "recipe" in vars(cls):
+            recipe = cls.recipe  # as an attribute
         if recipe is not None:
             cls.recipe = staticmethod(recipe)
             cls.options_of_recipe = inspect.signature(recipe).parameters
@@ -92,6 +94,15 @@ class RecipeOptimizer(BaseOpt):
         """What is passed to the recipe: its options in a param group, and the settings of `hbfunc.utils`."""
         settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
         return {k: v for k, v in {**settings, **group}.items() if k in self.options_of_recipe}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base class. Raises TypeError too for an option that other classes have and this one has not, unless it
+        is off."""
+        known = self._arguments.parameters
+        for name, value in param_group.items():
+            if name not in known and value and any(name in cls.options_of_recipe for cls in OPTIMIZERS.values()):
+                raise TypeError(f"{name}={value!r} in a param group: {type(self).__name__} has no such option")
+        super().add_param_group(param_group)
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
