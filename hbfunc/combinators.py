@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hbfunc.forms import short
-from hbfunc.nonfinite import NOTHING, select_leaves
+from hbfunc.nonfinite import select
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transform import (
+    NOTHING,
     Flat,
     Layout,
     Leaves,
@@ -31,8 +32,10 @@ from hbfunc.transform import (
     made_steps,
     parallel,
     remembered,
+    select_leaves,
     transform,
     truth,
+    update_present,
     wrap,
     zeros,
 )
@@ -340,6 +343,7 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         params: Leaves,
         *,
         flush: bool | Tensor | None = None,
+        present: Flat | None = None,
         **extras: Any,
     ) -> tuple[dict[str, Tensor], State]:
         length, gathered = window(state)
@@ -349,7 +353,8 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         means = {"mean": mean}
         if raw:
             means["grads"] = {**state["grads"], **{k: state["grads"][k] + g / length for k, g in grads.items()}}
-        seen = {**state["seen"], **increment(state["seen"], updates)}
+        news = {k: 1 if present is None else present[k].to(torch.int64) for k in updates}
+        seen = {**state["seen"], **{k: state["seen"][k] + n for k, n in news.items()}}
         given = means
         if flush is not None and flush is not False:
             last = last | torch.as_tensor(flush, device=last.device)
@@ -362,10 +367,16 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
             extras["grads"] = given["grads"]
         if "flush" in inner.needs:
             extras["flush"] = flush
-        new, after = inner.update(state["inner"], given["mean"], params, **extras)
         ended = {k: last.to(p.device) for k, p in params.items()}
-        moving = {k: ended[k] & (x > 0) for k, x in seen.items()}
-        layout = {} if inner.layout is None else inner.layout(params)
+        had = {k: x > 0 for k, x in seen.items()}
+        if inner.every_call:
+            new, after = update_present(inner, state["inner"], given["mean"], params, had, extras)
+            moving, after = ended, select(last, after, state["inner"])
+        else:
+            new, after = inner.update(state["inner"], given["mean"], params, **extras)
+            moving = {k: ended[k] & x for k, x in had.items()}
+            layout = {} if inner.layout is None else inner.layout(params)
+            after = select_leaves(moving, after, state["inner"], layout, last)
         counts = {"count": count}
         if not fixed:
             counts["gathered"] = torch.where(last, 0, gathered)
@@ -374,10 +385,10 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
             **counts,
             "seen": {k: torch.where(ended[k], 0, x) for k, x in seen.items()},
             **{name: {k: torch.where(ended[k], 0, m) for k, m in part.items()} for name, part in means.items()},
-            "inner": select_leaves(moving, after, state["inner"], layout, last),
+            "inner": after,
         }
 
-    needs = tuple(sorted({*inner.needs, "flush"}))
+    needs = tuple(sorted({*inner.needs, "flush", "present"}))
     return wrap(inner, init, update, name="accumulate", needs=needs, every_call=True)
 
 
@@ -395,16 +406,20 @@ def with_ema(inner: Transform, decay: Number = 0.999) -> Transform:
         return {"count": count_zeros(params), "ema": average, "inner": inner.init(params)}
 
     def update(
-        state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
+        state: State, updates: dict[str, Tensor], params: Leaves, *, present: Flat | None = None, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
-        updates, after = inner.update(state["inner"], updates, params, **extras)
+        if present is None:
+            updates, after = inner.update(state["inner"], updates, params, **extras)
+        else:
+            updates, after = update_present(inner, state["inner"], updates, params, present, extras)
         t = increment(state["count"], params)
         (w,) = per_leaf(t, params, lambda t: [ema_weight(decay, t)])
         moved = apply_updates(params, {k: updates.get(k) for k in params})
         average = {k: ema(state["ema"][k], p.to(compute_dtype(p)), w[k]) for k, p in moved.items()}
         return updates, {"count": t, "ema": average, "inner": after}
 
-    return wrap(inner, init, update, name="with_ema", every_call=True)
+    needs = tuple(sorted({*inner.needs, "present"}))
+    return wrap(inner, init, update, name="with_ema", needs=needs, every_call=True)
 
 
 def ema_params(state: State, params: Tree) -> Tree:

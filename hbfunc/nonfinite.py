@@ -18,7 +18,18 @@ from torch import Tensor
 
 from hbfunc.exchange import hold_everywhere, is_sharded, local
 from hbfunc.schedules import count_zeros
-from hbfunc.transform import Flat, Leaves, State, Transform, check_int, kept, remembered, wrap
+from hbfunc.transform import (
+    NOTHING,
+    Flat,
+    Leaves,
+    State,
+    Transform,
+    check_int,
+    kept,
+    remembered,
+    select_leaves,
+    wrap,
+)
 
 POLICIES = ("propagate", "skip", "skip_leaf", "raise")
 SKIPPED = "skipped"  # the entry of both states that counts
@@ -108,9 +119,6 @@ def apply_to_finite_leaves(inner: Transform) -> Transform:
     return wrap(inner, init, update, name="apply_to_finite_leaves", elementwise=False)
 
 
-NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
-
-
 def select(condition: Tensor, new: Any, old: Any) -> Any:
     """new where the 0-dim condition holds, else old, over nested dicts of tensors; new where old is None."""
     if isinstance(new, dict):
@@ -135,29 +143,6 @@ def _sheltered(
     if extras.get("grads") is not None:
         extras = {**extras, "grads": {k: torch.where(ok[k], g, 0) for k, g in extras["grads"].items()}}
     return inner.update(state, {k: torch.where(ok[k], u, 0) for k, u in updates.items()}, params, **extras)
-
-
-def select_leaves(
-    ok: Flat, new: State, old: State, layout: Mapping[str, Any] | tuple[str, ...], shared: Tensor | None = None
-) -> State:
-    """new for the leaves that are ok, else old: entries by path, and rows of stacks. What no leaf owns is new, or goes
-    by the condition `shared`."""
-    selected: State = {}
-    for k, x in new.items():
-        part = layout.get(k, {}) if isinstance(layout, Mapping) else {}
-        if isinstance(x, dict):
-            selected[k] = select_leaves(ok, x, old[k], part, shared)
-        elif isinstance(part, tuple):
-            always = torch.ones((), dtype=torch.bool, device=x.device) if shared is None else shared.to(x.device)
-            rows = torch.stack([ok.get(path, always) for path in part])
-            selected[k] = torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, old[k])
-        elif k in ok and old[k] is not None:
-            selected[k] = torch.where(ok[k], x, old[k])
-        elif shared is None or old[k] is None:
-            selected[k] = x
-        else:
-            selected[k] = torch.where(shared.to(x.device), x, old[k])
-    return selected
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -55,7 +55,9 @@ class Transform(NamedTuple):
         expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product),
         "steps" (paths of the leaves whose updates are steps already, see below), "last" (False where something behind
         may change its updates), "flush" (whether gradients that are being gathered are applied now, see
-        `accumulate`), "rate" (a factor of the learning rates inside that are no hyperparameters of the state, or None).
+        `accumulate`), "present" (by path, 0-dim bools: which updates are real, and not zeros in the place of none; or
+        None, all are), "rate" (a factor of the learning rates inside that are no hyperparameters of the state, or
+        None).
     layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
         down to the stacks, of tuples of paths (one per row). None: the state has no stacks.
     elementwise: in float32 and float64, an entry of an update depends on no other entry, nor on where it is or what its
@@ -432,6 +434,7 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         steps: Collection[str] = (),
         last: bool = True,
         flush: bool | Tensor | None = None,
+        present: Flat | None = None,
         rate: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         extras: dict[str, Any] = {"grads": updates if grads is None else grads, "refresh": refresh}
@@ -439,7 +442,12 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         new = {}
         for i, (n, t) in enumerate(zip(names, transforms, strict=True)):
             extras["last"] = last and (parallel or i == len(transforms) - 1)
-            updates, s = t.update(state.get(n, {}), updates, params, **{need: extras[need] for need in t.needs})
+            asked_for, before = {need: extras[need] for need in t.needs if need != "present"}, state.get(n, {})
+            if present is None:
+                updates, s = t.update(before, updates, params, **asked_for)
+            else:
+                updates, s = update_present(t, before, updates, params, present, asked_for)
+                present = None if t.every_call and not parallel else present  # every leaf has an update behind it
             if s:
                 new[n] = s
             if t.steps and asked[i]:
@@ -508,6 +516,46 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 def kept(state: State, **new: Any) -> State:
     """`state` with the leaves in `new` replaced: the leaves without a gradient, absent from `new`, keep their state."""
     return {**state, **{k: {**state[k], **v} if isinstance(v, dict) else v for k, v in new.items()}}
+
+
+NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
+
+
+def select_leaves(
+    ok: Flat, new: State, old: State, layout: Mapping[str, Any] | tuple[str, ...], shared: Tensor | None = None
+) -> State:
+    """new for the leaves that are ok, else old: entries by path, and rows of stacks. What no leaf owns is new, or goes
+    by the condition `shared`."""
+    selected: State = {}
+    for k, x in new.items():
+        part = layout.get(k, {}) if isinstance(layout, Mapping) else {}
+        if isinstance(x, dict):
+            selected[k] = select_leaves(ok, x, old[k], part, shared)
+        elif isinstance(part, tuple):
+            always = torch.ones((), dtype=torch.bool, device=x.device) if shared is None else shared.to(x.device)
+            rows = torch.stack([ok.get(path, always) for path in part])
+            selected[k] = torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, old[k])
+        elif k in ok and old[k] is not None:
+            selected[k] = torch.where(ok[k], x, old[k])
+        elif shared is None or old[k] is None:
+            selected[k] = x
+        else:
+            selected[k] = torch.where(shared.to(x.device), x, old[k])
+    return selected
+
+
+def update_present(
+    inner: Transform, state: State, updates: Mapping[str, Tensor], params: Leaves, present: Flat, extras: dict[str, Any]
+) -> tuple[dict[str, Tensor], State]:
+    """inner.update, where of the updates that it is given some are none: zeros, not `present`, a 0-dim bool by path.
+    Their leaves stay as they are, unless `inner` decides itself (`Transform.every_call`)."""
+    if inner.every_call:
+        return inner.update(state, updates, params, present=present, **extras)
+    new, after = inner.update(state, updates, params, **extras)
+    layout = {} if inner.layout is None else inner.layout(params)
+    own = {k for k, u in new.items() if u is not updates[k]}  # a part of a partition hands the others' on
+    moved = {k: torch.where(present[k], u, NOTHING) if k in own else u for k, u in new.items()}
+    return moved, select_leaves(present, after, state, layout)
 
 
 def zeros(params: Flat) -> dict[str, Tensor]:

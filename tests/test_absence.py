@@ -5,7 +5,8 @@ Every wrapper, as a transform and as a class, against a plain torch loop that sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -287,3 +288,239 @@ def test_ema_params_finds_every_average() -> None:
     outer = hbfunc.with_ema(hbfunc.with_ema(sgd(), 0.5), 0.9)
     params, state = functional(outer, HEADS, in_turns(5))
     assert_close(hbfunc.ema_params(state, params), state["ema"])
+
+
+# -- patterns of absence ----------------------------------------------------------------------------------------------
+# Every wrapper, as a transform and as a class, over every pattern; beside it a torch loop: torch.optim.SGD with
+# momentum, which passes over a parameter whose .grad is None.
+
+SHAPES = {"a": (3,), "b": (2, 2), "c": (2, 3), "d": ()}
+CALLS = 12
+PATTERNS: dict[str, Callable[[int, int], bool]] = {  # call, from 0, and number of the leaf -> whether it has a gradient
+    "always": lambda t, i: True,
+    "one never": lambda t, i: i != 1,
+    "only one ever": lambda t, i: i == 2,
+    "nobody": lambda t, i: False,
+    "at first": lambda t, i: i % 2 == 0 or t < 4,
+    "later": lambda t, i: i % 2 == 0 or t >= 5,
+    "in turns": lambda t, i: t % len(SHAPES) == i,
+    "half of the micro-batches": lambda t, i: (t + i) % 2 == 0,
+    "never in the last micro-batch": lambda t, i: t % 3 != 2,
+    "frozen, then unfrozen, then frozen": lambda t, i: i != 0 or 3 <= t < 8,
+    "all gone for a while": lambda t, i: not 4 <= t < 7,
+    "by chance": lambda t, i: (2654435761 * (7 * t + i + 1) >> 7) % 3 == 0,
+}
+
+
+def gradients(pattern: str) -> list[Grads]:
+    has = PATTERNS[pattern]
+    return [
+        {k: draw(*shape, seed=50 * t + i) if has(t, i) else None for i, (k, shape) in enumerate(SHAPES.items())}
+        for t in range(CALLS)
+    ]
+
+
+def start() -> Params:
+    return {k: draw(*shape, seed=900 + i) for i, (k, shape) in enumerate(SHAPES.items())}
+
+
+class Loop:
+    """The torch loop. steps: micro-batches per step. lr: by leaf. decay: of the average after every step. mask: which
+    leaves have momentum."""
+
+    def __init__(self, steps: int = 1, lr: Mapping[str, float] = {}, decay: float = 0.8, mask: Any = None) -> None:
+        self.params = {k: torch.nn.Parameter(p) for k, p in start().items()}
+        self.steps, self.decay, self.mask, self.calls = steps, decay, mask, 0
+        groups = [
+            {"params": [p], "lr": lr.get(k, 0.1), "momentum": 0.9 if mask is None or mask(k, p) else 0.0}
+            for k, p in self.params.items()
+        ]
+        self.optimizer = torch.optim.SGD(groups)
+        self.average = {k: torch.zeros_like(p.detach()) for k, p in self.params.items()}
+
+    def call(self, grads: Grads) -> None:
+        self.calls += 1
+        for k, p in self.params.items():
+            g = grads[k]
+            if g is not None:
+                p.grad = g / self.steps if p.grad is None else p.grad + g / self.steps
+        if self.calls % self.steps == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        for k, p in self.params.items():
+            self.average[k] = self.decay * self.average[k] + (1 - self.decay) * p.detach()
+
+    def debiased(self) -> Params:
+        return {k: x / (1 - self.decay**self.calls) for k, x in self.average.items()}
+
+
+def matrices(path: str, p: Tensor) -> bool:
+    return p.ndim == 2
+
+
+def letter(path: str, p: Tensor) -> str:
+    return path if path in "ab" else "rest"
+
+
+NESTED = {"a": sgd(0.3), "b": hbfunc.accumulate(sgd(0.2), 1), "rest": sgd(), "empty": hbfunc.soap()}
+WRAPPED: dict[str, tuple[Callable[[], hbfunc.Transform], Callable[[], Loop]]] = {
+    "alone": (sgd, Loop),
+    "chain": (lambda: hbfunc.chain(hbfunc.identity(), hbfunc.chain(sgd()), hbfunc.scale(1.0)), Loop),
+    "with_hyperparameters": (lambda: hbfunc.with_hyperparameters(sgd, lr=0.1), Loop),
+    "masked": (
+        lambda: hbfunc.chain(
+            hbfunc.masked(hbfunc.heavyball_momentum(0.9), matrices), hbfunc.scale_by_learning_rate(0.1)
+        ),
+        lambda: Loop(mask=matrices),
+    ),
+    "partition": (
+        lambda: hbfunc.partition(NESTED, letter),
+        lambda: Loop(lr={"a": 0.3, "b": 0.2}),
+    ),
+    "freeze": (lambda: hbfunc.freeze(sgd(), lambda k, p: k == "c"), lambda: Loop(lr={"c": 0.0})),
+    "apply_if_finite": (lambda: hbfunc.apply_if_finite(sgd(), limit=2), Loop),
+    "apply_to_finite_leaves": (lambda: hbfunc.apply_to_finite_leaves(sgd()), Loop),
+    "accumulate 1": (lambda: hbfunc.accumulate(sgd(), 1), Loop),
+    "accumulate 3": (lambda: hbfunc.accumulate(sgd(), 3), lambda: Loop(3)),
+    "accumulate, a schedule": (lambda: hbfunc.accumulate(sgd(), lambda t: 3), lambda: Loop(3)),
+    "accumulate twice": (lambda: hbfunc.accumulate(hbfunc.accumulate(sgd(), 2), 3), lambda: Loop(6)),
+    "accumulate in parts": (
+        lambda: hbfunc.partition({k: hbfunc.accumulate(sgd(), 2) for k in "xy"}, lambda k, p: "xy"[k in "ab"]),
+        lambda: Loop(2),
+    ),
+    "accumulate, guarded": (lambda: hbfunc.apply_if_finite(hbfunc.accumulate(sgd(), 4)), lambda: Loop(4)),
+    "accumulate, guarded inside": (lambda: hbfunc.accumulate(hbfunc.apply_to_finite_leaves(sgd()), 4), lambda: Loop(4)),
+    "accumulate, guarded by leaf": (
+        lambda: hbfunc.apply_to_finite_leaves(hbfunc.accumulate(sgd(), 3)),
+        lambda: Loop(3),
+    ),
+    "accumulate, stored": (lambda: hbfunc.with_storage(hbfunc.accumulate(sgd(), 3), "float32"), lambda: Loop(3)),
+    "with_ema": (lambda: hbfunc.with_ema(sgd(), 0.8), Loop),
+    "with_ema of accumulate": (lambda: hbfunc.with_ema(hbfunc.accumulate(sgd(), 3), 0.8), lambda: Loop(3)),
+    "with_ema, guarded": (lambda: hbfunc.apply_if_finite(hbfunc.with_ema(sgd(), 0.8)), Loop),
+}
+through_all = pytest.mark.parametrize("name", WRAPPED)
+by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+
+
+@through_all
+@by_pattern
+def test_a_pattern_of_absence_is_what_it_is_in_torch(name: str, pattern: str) -> None:
+    """As a transform. A leaf that never had a gradient is the same to the bit."""
+    make, loop = WRAPPED[name][0](), WRAPPED[name][1]()
+    params, state, seen = start(), make.init(start()), set[str]()
+    for g in gradients(pattern):
+        loop.call(g)
+        updates, state = make.update(state, g, params)
+        params = hbfunc.apply_updates(params, updates)
+        seen |= {k for k, x in g.items() if x is not None}
+        assert_close(params, {k: p.detach() for k, p in loop.params.items()})
+        assert all(torch.equal(params[k], p) for k, p in start().items() if k not in seen)
+        if "ema" in name:
+            assert_close(hbfunc.ema_params(state, params), loop.debiased())
+
+
+# Of the ways, two for each wrapper and pattern, in turns.
+WAYS = [("together", "one by one"), ("frozen", "groups")]
+MIXED = [
+    (name, pattern, how)
+    for i, name in enumerate(WRAPPED)
+    for j, pattern in enumerate(PATTERNS)
+    for how in WAYS[(i + j) % 2]
+    # A part that begins to count micro-batches with its first parameter that is not frozen has windows of its own.
+    if (name, pattern, how) != ("accumulate in parts", "by chance", "frozen")
+]
+
+
+@pytest.mark.parametrize(("name", "pattern", "how"), MIXED)
+def test_a_pattern_of_absence_as_a_class(name: str, pattern: str, how: str) -> None:
+    """As a class: one unit or one for each parameter; a group for each and an empty one; frozen where there is none."""
+    make, loop = WRAPPED[name][0](), WRAPPED[name][1]()
+    own = {k: torch.nn.Parameter(p) for k, p in start().items()}
+    groups = [{"params": [(k, p)]} for k, p in own.items()] + [{"params": []}] if how == "groups" else list(own.items())
+    optimizer = hbfunc.FromTransform(groups, make, foreach=how != "one by one")
+    for t, g in enumerate(gradients(pattern)):
+        loop.call(g)
+        for k, p in own.items():
+            p.grad = g[k]
+            if how == "frozen":
+                p.requires_grad_(g[k] is not None)
+        optimizer.step()
+        if t == 5:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert_close({k: p.detach() for k, p in own.items()}, {k: p.detach() for k, p in loop.params.items()})
+
+
+RECIPES = {
+    "adamw": lambda: hbfunc.adamw(lr=0.1, weight_decay=0.1, caution=True, mars=True),
+    "laprop": lambda: hbfunc.laprop(lr=0.1, warmup_steps=3),
+    "rmsprop": lambda: hbfunc.rmsprop(lr=0.1, palm=True),
+    "adopt": lambda: hbfunc.adopt(lr=0.1),
+    "sfadamw": lambda: hbfunc.sfadamw(lr=0.1, weight_decay=0.1),
+    "muon": lambda: hbfunc.muon(lr=0.1),
+    "muon_laprop": lambda: hbfunc.muon_laprop(lr=0.1),
+    "soap": lambda: hbfunc.soap(lr=0.1, precondition_frequency=2),
+    "psgd_kron": lambda: hbfunc.psgd_kron(lr=0.1, preconditioner_update_probability=0.5),
+    "matrices_to": lambda: hbfunc.matrices_to(hbfunc.soap(lr=0.1), rest=hbfunc.sfadamw(lr=0.1)),
+}
+
+
+def windows(grads: Sequence[Grads], steps: int) -> list[Grads]:
+    """The mean gradients of whole windows, None for a leaf that had none."""
+    found = []
+    for first in range(0, len(grads) - steps + 1, steps):
+        given = {k: [g[k] for g in grads[first : first + steps] if g[k] is not None] for k in SHAPES}
+        found.append({k: sum(x) / steps if x else None for k, x in given.items()})
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@by_pattern
+def test_accumulate_is_the_recipe_on_the_means(recipe: str, pattern: str) -> None:
+    """State included: stacks of matrices, counts, averages; what a leaf without gradients has is as it was."""
+    grads, tx = gradients(pattern), RECIPES[recipe]()
+    want, plain = functional(tx, start(), windows(grads, 3))
+    got, state = functional(hbfunc.accumulate(tx, 3), start(), grads)
+    assert_close(got, want)
+    assert_close(tensors(state["inner"]), tensors(plain))
+
+
+def tensors(state: Any, where: str = "") -> Params:
+    found: Params = {}
+    for k, x in state.items():
+        found |= tensors(x, f"{where}/{k}") if isinstance(x, dict) else {f"{where}/{k}": x}
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "soap", "matrices_to"])
+def test_absence_in_one_compiled_step(recipe: str) -> None:
+    """One graph per pattern at most, and the numbers of eager steps."""
+    tx = hbfunc.accumulate(RECIPES[recipe](), 2)
+    step = torch.compile(tx.update, fullgraph=True, backend="eager")
+    params, state = start(), tx.init(start())
+    for g in gradients("half of the micro-batches")[:4]:
+        want, wanted = tx.update(state, g, params)
+        updates, state = step(state, g, params)
+        assert_close(updates, want)
+        assert_close(tensors(state), tensors(wanted))
+        params = hbfunc.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_part_or_group_without_leaves(recipe: str) -> None:
+    """It steps nothing, whatever is in it, functional and as a class."""
+    make = RECIPES[recipe]
+    for empty in (make(), hbfunc.accumulate(make(), 2), hbfunc.with_ema(make()), hbfunc.apply_if_finite(make())):
+        assert empty.update(empty.init({}), {}, {})[0] == {}
+        tx = hbfunc.partition({"all": sgd(), "none": empty}, lambda k, p: "all")
+        got, _ = functional(tx, start(), gradients("in turns"))
+        want, _ = functional(sgd(), start(), gradients("in turns"))
+        assert_close(got, want)
+        own = {k: torch.nn.Parameter(p) for k, p in start().items()}
+        parts = [{"params": [], "transform": empty}, {"params": list(own.items()), "transform": sgd()}]
+        optimizer = hbfunc.FromTransform(parts)
+        for g in gradients("in turns"):
+            for k, p in own.items():
+                p.grad = g[k]
+            optimizer.step()
+        assert_close({k: p.detach() for k, p in own.items()}, want)

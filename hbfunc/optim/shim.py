@@ -123,6 +123,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
         raise NotImplementedError(f"{type(self).__name__}.structure: expected a subclass that has one")
 
+    def members(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of a group that have a state."""
+        return trainable(group)
+
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """The value in a param group of a hyperparameter of the state, where betas are split."""
         return group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") and "betas" in group else group[name]
@@ -338,7 +342,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views."""
         self._check_whole(index)
         names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
-        owners = {names[id(p)]: p for p in trainable(group)}
+        owners = {names[id(p)]: p for p in self.members(group)}
         for k, p in owners.items():
             if p.is_complex():
                 check_dtype(k, p, self.transform(group).elementwise)

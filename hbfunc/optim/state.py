@@ -121,7 +121,10 @@ def _sharing(state: State, place: Place, paths: list[str]) -> list[str]:
     node = state
     for key in place[:-1]:
         node = node[key]
-    mine = {path for entries in node.values() if isinstance(entries, dict) for path in entries}
+    entries = {k: x for k, x in node.items() if isinstance(x, dict) and k != "inner"}
+    if any(not x for x in entries.values()):
+        return []  # a part of the transform that has no leaf now: nobody's, or others' names would depend on it
+    mine = {path for x in node.values() if isinstance(x, dict) for path in x}
     return [path for path in paths if path in mine] or paths
 
 

@@ -179,7 +179,7 @@ class Unit:
                 params, grads = self._taken(given)
                 self.pending = step(params, grads, list(self.tensors.values()), products)
             write(self.pending or ())
-            for source in (self.sources[i] for i in given):
+            for source in self.sources if self.transform.every_call else (self.sources[i] for i in given):
                 if isinstance(source, Joined):
                     source.write()
         finally:

@@ -17,7 +17,6 @@ from hbfunc.combinators import with_hyperparameters
 from hbfunc.exchange import local
 from hbfunc.optim.averaged import Averaging
 from hbfunc.optim.curvature import WithCurvature
-from hbfunc.optim.shim import trainable
 from hbfunc.optim.state import Place, hyper_names, hyper_places
 from hbfunc.optim.unit import Unit
 from hbfunc.transform import Leaves, State, Transform, check_number, remembered, wrap
@@ -68,7 +67,16 @@ class FromTransform(Averaging, WithCurvature):
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The parameters that have a state, and the transform."""
-        return tuple(map(id, trainable(group))), group["foreach"], group["transform"]
+        return tuple(map(id, self.members(group))), group["foreach"], group["transform"]
+
+    def members(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of a group that have a state: of a transform that may move them without a gradient, those that
+        had one before they were frozen, too."""
+        found = super().members(group)
+        if len(found) < len(group["params"]) and self.transform(group).every_call:
+            known = set(map(id, found))
+            return [p for p in group["params"] if id(p) in known or self.state.get(p)]
+        return found
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """The value in a param group of a hyperparameter of the state."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatch, translate
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,21 +59,22 @@ def matrices_to(
 def chooses_matrices(exclude: Exclude) -> Callable[[str, Tensor], bool]:
     """(path, parameter) -> whether it is one of `matrices_to`'s matrices."""
     patterns = [exclude] if isinstance(exclude, str) else exclude
+    # How many parts of a path, and what they match: compiled here, because torch.compile cannot follow fnmatch.
+    known = [] if callable(patterns) else [(p.count(".") + 1, re.compile(translate(p))) for p in patterns]
 
     def chosen(path: str, p: Tensor) -> bool:
         if p.ndim < 2:
             return False
         if callable(patterns):
             return not truth(patterns(path, p), "exclude", path)
-        return not any(_matches(path.split("."), pattern) for pattern in patterns)
+        parts = path.split(".")
+        for several, pattern in known:
+            for part in parts if several == 1 else [".".join(parts[-several:])]:
+                if pattern.match(part):
+                    return False
+        return True
 
     return chosen
-
-
-def _matches(parts: Sequence[str], pattern: str) -> bool:
-    """Whether a pattern is for one of the parts of a path, or, with dots, for the last ones."""
-    several = pattern.count(".") + 1
-    return fnmatch(".".join(parts[-several:]), pattern) if several > 1 else any(fnmatch(p, pattern) for p in parts)
 
 
 def embeddings_and_head(model: nn.Module) -> Callable[[str, Tensor], bool]:
