@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hbfunc.forms import short
 from hbfunc.linalg import kron
 from hbfunc.optim.state import per_parameter
 from hbfunc.optimizers.adam import adamw, adopt, laprop, rmsprop
@@ -125,7 +126,7 @@ def _options(index: int, group: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a param group that both libraries have."""
     for name in _DIFFERENT:
         if group.get(name):
-            raise ValueError(f"param_groups[{index}] has {name}={group[name]!r}, which has no counterpart")
+            raise ValueError(f"param_groups[{index}] has {name}={short(group[name])}, which has no counterpart")
     found = {k: group[k] for k in _OPTIONS if k in group}
     if "multi_tensor" in group:
         found["foreach"] = group["multi_tensor"]

@@ -42,14 +42,28 @@ def same_form(given: Any, new: dict[str, Any]) -> bool:
     return True
 
 
-def misfit(state: Any, expected: dict[str, Any], where: str = "state") -> str | None:
+def misfit(state: Any, expected: dict[str, Any], layout: Any = None, where: str = "state") -> str | None:
     """What is wrong with a state, whose form is to be that of `expected`; None if nothing is. Values are not looked at,
-    nor are hyperparameters, which name themselves."""
+    nor are hyperparameters, which name themselves. layout: that of the transform, which knows whose a stack is."""
     if not isinstance(state, dict):
         return f"{where} is {short(state)}, expected a dict with {_listed(expected)}: a state of this transform"
+    for k, x in expected.items():
+        if k not in state:
+            continue
+        at, old = f"{where}[{k!r}]", state[k]
+        if isinstance(x, dict):
+            found = None if k == "hyper" else misfit(old, x, layout.get(k) if isinstance(layout, dict) else None, at)
+            if found is not None:
+                return found
+        elif not isinstance(old, Tensor):
+            return f"{at} is {short(old)}, expected a tensor of shape {tuple(x.shape)}"
+        elif old.shape != x.shape:
+            return f"{at} has shape {tuple(old.shape)}, expected {tuple(x.shape)}: it was made for other parameters"
     if missing := [k for k in expected if k not in state]:
+        rows = layout.get(missing[0]) if isinstance(layout, dict) else None
+        whose = f" (of params[{rows[0]!r}])" if isinstance(rows, tuple) and rows else ""
         return (
-            f"{where} lacks {missing[0]!r}, expected {_listed(expected)}, found {_listed(state)}: "
+            f"{where} lacks {missing[0]!r}{whose}, expected {_listed(expected)}, found {_listed(state)}: "
             "it is the state of another transform, of other options, or of other parameters"
         )
     if unknown := [k for k in state if k not in expected]:
@@ -57,16 +71,6 @@ def misfit(state: Any, expected: dict[str, Any], where: str = "state") -> str | 
             f"{where} has {unknown[0]!r}, expected {_listed(expected)}: "
             "it is the state of another transform, of other options, or of other parameters"
         )
-    for k, x in expected.items():
-        at, old = f"{where}[{k!r}]", state[k]
-        if isinstance(x, dict):
-            found = None if k == "hyper" else misfit(old, x, at)
-            if found is not None:
-                return found
-        elif not isinstance(old, Tensor):
-            return f"{at} is {short(old)}, expected a tensor of shape {tuple(x.shape)}"
-        elif old.shape != x.shape:
-            return f"{at} has shape {tuple(old.shape)}, expected {tuple(x.shape)}: it was made for other parameters"
     return None
 
 

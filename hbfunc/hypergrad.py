@@ -6,9 +6,10 @@ The optimizer's numbers are tensors in the state, so a training is a differentia
     lane = sweep.take(sweep.init(hbfunc.adamw(lr=1e-3), params, {"seed": [0]}), 0)
     value, slopes = hypergradient(lambda lane: loss_fn(lane["params"], held_out), step, lane, batches, ["lr", "beta1"])
 
-Numbers that `init` has used already (PSGD's precond_init_scale) have no effect here. Matrix decompositions are
-differentiated exactly, where the derivative exists: SOAP's bases have none while a covariance is of deficient rank, and
-`soap(stop_gradient=True)` keeps derivatives from going through them.
+The names are those of `sweep.with_hyper`: columns of the design, of which hyperparameters may be functions, and paths
+in the state ("matrices.lr"). What only `init` uses (PSGD's precond_init_scale, a seed) is a KeyError. Matrix
+decompositions are differentiated exactly, where the derivative exists: SOAP's bases have none while a covariance is of
+deficient rank, and `soap(stop_gradient=True)` keeps derivatives from going through them.
 
 `unroll` is the training itself, for any other derivative: by the initial parameters, by the batches, of second order.
 
@@ -83,7 +84,7 @@ def hypergradient(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """objective(lane after training), 0-d, and its derivative by the hyperparameters `wrt`, by name.
 
-    They have the values in the lane's state; options are those of `unroll`. Raises KeyError for an unknown name.
+    They have the values in the lane; options are those of `unroll`. Names, and KeyError, as in `sweep.with_hyper`.
     """
     values = {name: hyper(lane, name) for name in wrt}
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hbfunc.combinators import caution as caution_
 from hbfunc.combinators import mars_correction, with_hyperparameters
+from hbfunc.forms import short
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.schedules import Number, after_first, palm_beta2, warmup
 from hbfunc.transform import Transform, chain, check_number, remembered
@@ -118,7 +119,7 @@ def around(
     if betas is not None:
         numbers["beta1"], numbers["beta2"] = two_betas(betas)
     elif palm:
-        raise TypeError(f"palm={palm!r}: {name} has no second moment, expected False")
+        raise TypeError(f"palm={short(palm)}: {name} has no second moment, expected False")
     numbers |= {k: v for k, v in options.items() if k in RANGES and v is not None}
     numbers |= {"weight_decay": weight_decay, "mars_gamma": mars_gamma}
     if betas is not None:
@@ -154,7 +155,7 @@ def around(
 def before(mars: bool, mars_gamma: Any, beta1: Any, gradient_clipping: Clipping) -> list[Transform]:
     """What comes between the raw gradient and the rule."""
     if mars and (callable(beta1) or beta1 is None):
-        raise TypeError(f"beta1={beta1!r}: MARS needs a number, not a schedule")
+        raise TypeError(f"beta1={short(beta1)}: MARS needs a number, not a schedule")
     clip = [clip_by(gradient_clipping, "gradient_clipping")] if gradient_clipping is not None else []
     return [mars_correction(mars_gamma, beta1), *clip] if mars else clip
 
@@ -225,7 +226,7 @@ def _registered(fn: Callable[..., Transform], listed: Sequence[inspect.Parameter
 def two_betas(betas: Any) -> tuple[Any, Any]:
     """The two of `betas`. Raises ValueError for what is no pair."""
     if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"betas={betas!r}: expected two numbers")
+        raise ValueError(f"betas={short(betas)}: expected two numbers")
     first, second = betas
     return first, second
 
@@ -233,7 +234,7 @@ def two_betas(betas: Any) -> tuple[Any, Any]:
 def number(name: str, value: Any) -> Any:
     """A hyperparameter, checked. Ints become floats: weight_decay=0 is a number of the state and not a choice."""
     if callable(value) and name not in SCHEDULES:
-        raise TypeError(f"{name}={value!r}: expected a number; schedules are for {', '.join(SCHEDULES)}")
+        raise TypeError(f"{name}={short(value)}: expected a number; schedules are for {', '.join(SCHEDULES)}")
     check_value(name, value)
     return float(value) if isinstance(value, int) else value
 
@@ -249,4 +250,4 @@ def check_flags(**flags: Any) -> None:
     """Raise TypeError for what is no bool: "False", say, would mean True. Tensors are not looked at."""
     for name, value in flags.items():
         if not isinstance(value, (bool, Tensor)):
-            raise TypeError(f"{name}={value!r}: expected True or False")
+            raise TypeError(f"{name}={short(value)}: expected True or False")

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from hbfunc.forms import short
 from hbfunc.transform import State, Transform, Tree, apply_updates, flat_params
 
 Params = dict[str, Tensor]
@@ -70,7 +71,9 @@ def case(
 ) -> Case:
     """The Case of these arguments, which are those of `check`."""
     if not isinstance(transform, Transform):
-        raise TypeError(f"transform={transform!r}: expected a Transform; call the factory, as in check(my_transform())")
+        raise TypeError(
+            f"transform={short(transform)}: expected a Transform; call the factory, as in check(my_transform())"
+        )
     flat, _ = flat_params(example() if params is None else params)
     double = {k: p.detach().to(torch.float64, copy=True) for k, p in flat.items()}
     extras = extras or (lambda t: {})

@@ -49,7 +49,8 @@ class Transform(NamedTuple):
     """A gradient transformation.
 
     init: params -> state, a dict complete from the start: its keys, shapes and dtypes never change.
-    update: (state, grads, params, **extras) -> (updates, new_state), pure; updates are added to the parameters.
+    update: (state, grads, params, **extras) -> (updates, new_state), pure; updates are added to the parameters. What
+        the outermost transform returns shares no dict and no tensor with what it was given.
     name: key of its state inside a chain.
     needs: extras it asks the chain for: "grads" (the raw gradients), "refresh" (None, True, False or "first": whether
         expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product),
@@ -323,12 +324,12 @@ def transform(
         try:
             updates, new = in_own_precision(lambda: update(state, given, flat, **extras), kinds)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            amiss = misfit(state, init(flat))
+            amiss = misfit(state, init(flat), None if layout is None else layout(flat))
             if amiss is None:
                 raise
             raise ValueError(amiss) from error
         if not same_form(state, new) or any(u.shape != flat[k].shape for k, u in updates.items()):
-            amiss = misfit(state, init(flat))
+            amiss = misfit(state, init(flat), None if layout is None else layout(flat))
             if amiss is not None:
                 raise ValueError(amiss)
         more = extras.get("grads") or {}
@@ -362,7 +363,8 @@ def wrap(
     if inside and refreshes is not None:
         fields["refreshes"] = lambda state: refreshes(state[inside])
     fields |= {"made": None, **changes}
-    outer = transform(init, update, fields["name"], fields["needs"], elementwise=fields["elementwise"])
+    known = (fields[k] for k in ("name", "needs", "layout", "elementwise"))
+    outer = transform(init, update, *known)
     return Transform(**{**fields, "init": outer.init, "update": outer.update})
 
 
@@ -506,7 +508,9 @@ def stateless(name: str, fn: Callable[[Tensor], Tensor], elementwise: bool = Fal
 def apply_updates(params: Tree, updates: Tree) -> Tree:
     """params + updates, leaf by leaf, summed in float32 (float64 for float64) and kept in the dtype of the parameters.
 
-    A leaf whose update is None stays as it is. Raises ValueError naming the first path at which the trees differ.
+    A leaf whose update is None stays as it is, the same tensor. Nothing is detached, so that one can differentiate
+    through a training: parameters that require grad keep a record of it. Raises ValueError naming the first path at
+    which the trees differ.
     """
     flat, back, pairs = _real_params(params, elementwise=True)
     added = flat_like(flat, updates, "updates", pairs)

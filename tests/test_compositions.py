@@ -231,7 +231,7 @@ RECIPES = [
     recipe("adamw", adam(0.7, 0.8, 0.1), betas=(0.7, 0.8), weight_decay=0.2),
     recipe("adamw", adam(0.7, 0.8, 0.1), betas=(0.7, 0.8), caution=True, mars=True, update_clipping="l2_clip_"),
     recipe("adamw", adam(0.7, 0.8, 0.1), betas=(0.7, 0.8), lr=halving),
-    recipe("rmsprop", rms(0.8, 0.1), betas=(0.9, 0.8), caution=True),
+    recipe("rmsprop", rms(0.8, 0.1), betas=(0.9, 0.8), update_clipping="l2_clip_"),
     recipe("sfadamw", rms(0.8, 0.1), betas=(0.9, 0.8), weight_decay=0.1),
 ]
 # -- the wrappers ---------------------------------------------------------------------------------------------------

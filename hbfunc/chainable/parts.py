@@ -19,6 +19,7 @@ from hbfunc.chainable import entries as codec
 from hbfunc.chainable.guards import FunctionTransform, GeneralGuard, Group, SkipUpdate, Tensors
 from hbfunc.chainable.rules import Face, palm_beta2
 from hbfunc.chainable.sides import both_sides, clones, untouched
+from hbfunc.forms import short
 from hbfunc.schedules import at
 from hbfunc.schedules import palm_beta2 as palm_schedule
 from hbfunc.transform import compute_dtype
@@ -86,7 +87,7 @@ def parts_of(functions: Sequence[Function]) -> list[Part]:
     seen: list[str] = []
     for function in functions:
         if not callable(function):
-            raise TypeError(f"expected functions (state, group, update, grad, param) -> update, got {function!r}")
+            raise TypeError(f"expected functions (state, group, update, grad, param) -> update, got {short(function)}")
         name, claims = name_of(function), {name_of(function), *_filled(function)}
         number = seen.count(name) + 1
         parts.append(Part(function, f"{name}_{number}" if claims & set(seen) else ""))
@@ -146,7 +147,9 @@ def _once(part: Part, choices: Mapping[str, Any], inputs: dict[str, Any]) -> dic
     changed = {k: v for k, v in group.items() if k not in choices or v is not choices[k]}
     for k, v in changed.items():
         if not all(isinstance(x, (Tensor, bool, int, float)) for x in (v if isinstance(v, tuple) else (v,))):
-            raise TypeError(f"{part.name} sets group[{k!r}] to {v!r}: expected a number, a tensor, or a tuple of them")
+            raise TypeError(
+                f"{part.name} sets group[{k!r}] to {short(v)}: expected a number, a tensor, or a tuple of them"
+            )
     return {
         "update": {k: _like(part, k, x, inputs["update"][k]) for k, x in zip(paths, updates, strict=True)},
         "entries": {k: {n: x.to(inputs["param"][k].device) for n, x in entries[k].items()} for k in paths},
@@ -175,7 +178,7 @@ def _called(
     if result is None:
         return update, everything
     if not isinstance(result, (list, tuple)) or len(result) != len(param):
-        raise TypeError(f"{part.name} returned {result!r}: expected a list of {len(param)} tensors")
+        raise TypeError(f"{part.name} returned {short(result)}: expected a list of {len(param)} tensors")
     return result, [False] * len(param)
 
 

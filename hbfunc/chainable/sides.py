@@ -24,6 +24,7 @@ from torch._guards import detect_fake_mode
 from torch.overrides import TorchFunctionMode
 
 from hbfunc.branch import mapped
+from hbfunc.forms import short
 
 T = TypeVar("T")
 MAX_QUESTIONS, MAX_PATHS = 16, 64
@@ -90,7 +91,9 @@ def select(condition: Tensor, a: Any, b: Any) -> Any:
         return type(a)([select(condition, x, y) for x, y in zip(a, b, strict=True)])
     kinds = (Tensor, bool, int, float)
     if not isinstance(a, kinds) or not isinstance(b, kinds):
-        raise ValueError(f"an `if` on a tensor whose value is not known leads to {a!r} or {b!r}, expected one kind")
+        raise ValueError(
+            f"an `if` on a tensor whose value is not known leads to {short(a)} or {short(b)}, expected one kind"
+        )
     if not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b:
         return a
     like = next((x for x in (a, b) if isinstance(x, Tensor)), condition)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.autocast import own_precision
+from hbfunc.forms import short
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -48,7 +49,7 @@ def orthogonalize(x: Tensor, method: str = "newtonschulz") -> Tensor:
     Raises ValueError for another method, or for fewer than two dimensions.
     """
     if method not in _METHODS:
-        raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, _METHODS))}")
+        raise ValueError(f"method={short(method)}: expected one of {', '.join(map(repr, _METHODS))}")
     if x.ndim < 2:
         raise ValueError(f"x: expected a matrix or a stack of them, [..., m, n], got shape {tuple(x.shape)}")
     return _METHODS[method](x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.exchange import hold_everywhere, is_sharded, local, placed
+from hbfunc.forms import short
 from hbfunc.optim.guard import COUNTERS
 from hbfunc.optim.options import option
 from hbfunc.optim.state import EMA
@@ -88,7 +89,9 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]] | None:
             return None
         names = names or []
         if not isinstance(names, (list, tuple)) or len(names) != count or not all(isinstance(n, str) for n in names):
-            raise ValueError(f"param_groups[{i}]['param_names'] is {names!r}, expected {count} strings, as in 'params'")
+            raise ValueError(
+                f"param_groups[{i}]['param_names'] is {short(names)}, expected {count} strings, as in 'params'"
+            )
         found.append(list(names))
     return found
 
@@ -154,7 +157,9 @@ def _check_values(state_dict: Mapping[str, Any]) -> None:
 
 def _params(group: Any, index: int) -> Any:
     if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
-        raise ValueError(f"state_dict['param_groups'][{index}] is {group!r}, expected a dict with a list of 'params'")
+        raise ValueError(
+            f"state_dict['param_groups'][{index}] is {short(group)}, expected a dict with a list of 'params'"
+        )
     return group["params"]
 
 
@@ -188,7 +193,7 @@ def merged(mine: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> di
     cleared, which is about the program around."""
     rule, expected = loaded.get("rule", mine.get("rule")), mine.get("rule")
     if rule != expected:
-        raise ValueError(f"{where} is of {rule!r}, expected {expected!r}")
+        raise ValueError(f"{where} is of {short(rule)}, expected {expected!r}")
     kept = ("params", "param_names", "consume_grad")
     options = {k: option(_restored(v, mine.get(k), f"{where}[{k!r}]"), k) for k, v in loaded.items() if k not in kept}
     return {**mine, **options, "params": loaded["params"]}
@@ -201,7 +206,9 @@ def _restored(loaded: Any, mine: Any, where: str) -> Any:
             raise ValueError(f"{where} was a {loaded}, which a checkpoint does not hold: build the class with it")
         return mine
     if _is_function(loaded):
-        raise TypeError(f"{where} is {loaded!r}: expected its name, functions come from the class and not from a file")
+        raise TypeError(
+            f"{where} is {short(loaded)}: expected its name, functions come from the class and not from a file"
+        )
     if isinstance(loaded, (list, tuple)):
         own = mine if isinstance(mine, (list, tuple)) and len(mine) == len(loaded) else [None] * len(loaded)
         values = [_restored(x, y, where) for x, y in zip(loaded, own, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.forms import short
 from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.optim.unit import Unit
 
@@ -51,7 +52,7 @@ class WithCurvature(StatefulOptimizer):
                 grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise RuntimeError(
-                f"curvature=True: the closure returned {loss!r}, expected a loss with its graph; no backward() in it"
+                f"curvature=True: the closure returned {short(loss)}, expected a loss with its graph, no backward()"
             ) from error
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.detach()

@@ -19,6 +19,7 @@ from torch import Tensor
 from hbfunc import nonfinite, random, utils
 from hbfunc.autocast import in_own_precision
 from hbfunc.exchange import is_sharded, local
+from hbfunc.forms import short
 from hbfunc.optim import checkpoint, sharded
 from hbfunc.optim.guard import guarded
 from hbfunc.optim.interrupts import uninterrupted
@@ -448,7 +449,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for name, p in zip(names, group["params"], strict=True):
             check_dtype(name, p, elementwise=True)
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-            raise ValueError(f"param_names={names!r}: expected different strings")
+            raise ValueError(f"param_names={short(names)}: expected different strings")
         check_flags(**{k: group[k] for k in ("foreach", "train_mode", "curvature") if k in group})
         if group.get("consume_grad") is not None:
             check_flags(consume_grad=group["consume_grad"])

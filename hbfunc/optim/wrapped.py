@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.exchange import local
+from hbfunc.forms import short
 from hbfunc.optim.averaged import Averaging
 from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optim.state import Place, hyper_names, hyper_places
@@ -62,7 +63,7 @@ class FromTransform(Averaging, WithCurvature):
     def transform(self, group: dict[str, Any]) -> Transform:
         """The transform of a param group."""
         if not isinstance(group["transform"], Transform):
-            raise TypeError(f"transform={group['transform']!r}: expected a Transform, such as hbfunc.adamw()")
+            raise TypeError(f"transform={short(group['transform'])}: expected a Transform, such as hbfunc.adamw()")
         return group["transform"]
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:

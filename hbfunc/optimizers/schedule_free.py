@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hbfunc.chainable.optimizers import ScheduleFree
+from hbfunc.forms import short
 from hbfunc.optimizers.adam import rmsprop
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import around, like
@@ -30,7 +31,7 @@ def sfadamw(*, betas: Any, **options: Any) -> Transform:
     gradient.
     """
     if isinstance(betas, (list, tuple)) and betas and callable(betas[0]):
-        raise TypeError(f"betas[0]={betas[0]!r}: Schedule-Free needs a number, not a schedule")
+        raise TypeError(f"betas[0]={short(betas[0])}: Schedule-Free needs a number, not a schedule")
 
     def rule(beta1: Number, beta2: Number, eps: Any, r: Any, weight_lr_power: Any) -> Transform:
         return scale_by_exp_avg_sq(beta2, eps)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hbfunc import random
+from hbfunc.forms import short
 from hbfunc.transform import check_number
 
 Design = dict[str, Tensor]
@@ -112,12 +113,14 @@ def column(name: str, values: Any) -> Tensor:
     if not isinstance(values, Tensor):
         odd = [v for v in values if isinstance(v, (bool, str)) or not hasattr(v, "__float__")]
         if odd:
-            raise TypeError(f"{name}: expected numbers, got {odd[0]!r}; run one sweep per choice, it changes the graph")
+            raise TypeError(
+                f"{name}: expected numbers, got {short(odd[0])}; run one sweep per choice, it changes the graph"
+            )
     whole = name == "seed" or name.endswith("_seed")
     try:
         exact = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected numbers, got {values!r}") from error
+        raise TypeError(f"{name}: expected numbers, got {short(values)}") from error
     if exact.dtype == torch.bool or exact.is_complex() or exact.ndim != 1 or not len(exact):
         raise ValueError(
             f"{name}: expected one or more numbers in one dimension, got {exact.dtype} {tuple(exact.shape)}"

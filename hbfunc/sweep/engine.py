@@ -153,7 +153,7 @@ def with_hyper(lane: Lane, /, **values: Tensor | float) -> Lane:
             if isinstance(value, Tensor) and value.shape != old.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)}")
             new = value.to(old, copy=True) if isinstance(value, Tensor) else torch.full_like(old, value)
-            lane = _replaced(lane, target, new)
+            lane = links.replaced(lane, target, new)
     return pytree.tree_map(torch.clone, lane)
 
 
@@ -183,16 +183,11 @@ def _at(tree: dict[str, Any], place: Sequence[str]) -> Any:
     return tree
 
 
-def _replaced(tree: dict[str, Any], place: Sequence[str], value: Tensor | None) -> dict[str, Any]:
-    key, *rest = place
-    return {**tree, key: _replaced(tree[key], rest, value) if rest else value}
-
-
 def _computed_anew(lane: Lane) -> dict[str, Any]:
     """The lane's state, without the hyperparameters that the transform is to take from the columns of the design."""
     state = lane["state"]
     for place in lane.get("links", {}).get("computed", {}):
-        state = _replaced(state, place, None)
+        state = links.replaced(state, place, None)
     return state
 
 
@@ -312,7 +307,7 @@ def _by_path(state: dict[str, Any], columns: Mapping[str, Tensor]) -> dict[str, 
                 raise ValueError(
                     f"design has a column {name!r}: expected one hyperparameter of that name, found {found}"
                 )
-            state = _replaced(state, places[0], value.to(_at(state, places[0])))
+            state = links.replaced(state, places[0], value.to(_at(state, places[0])))
     return state
 
 

@@ -2,16 +2,17 @@
 
     lane["links"]["copies"]     column -> places: the hyperparameters that are the column itself
     lane["links"]["computed"]   place -> columns: those that are functions of columns, computed at every step
-    lane["links"]["spent"]      columns and places that `init` has used for other entries of the state
+    lane["links"]["spent"]      columns and places that `init` has used for other entries of the state, and no step uses
 
 The leaves of these dicts are empty dicts, so that a lane has tensors only. A place is the tuple of the keys to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -30,17 +31,46 @@ def find(build: Callable[[Mapping[str, Any]], Transform], columns: Mapping[str, 
     used = {i for _, x in places(state) for i in trace.sources(x)}
     copies: Names = {}
     computed: Names = {}
-    spent: Names = {name: {} for name, x in columns.items() if id(x) in used}
-    for place, x in hyper_places(state):
+    hypers = dict(hyper_places(state))
+    for place, x in hypers.items():
         source, sources = trace.copied(x), trace.sources(x)
-        if id(x) in used:
-            spent[place] = {}
         for name, column in columns.items():
             if column is source:
                 copies.setdefault(name, {})[place] = {}
             elif id(column) in sources:
                 computed.setdefault(place, {})[name] = {}
-    return {"copies": copies, "computed": computed, "spent": spent}
+    suspects: list[Any] = [name for name, x in columns.items() if id(x) in used]
+    suspects += [place for place, x in hypers.items() if id(x) in used]
+    live = _live(build, columns, params, state, computed) if set(suspects) - {"seed"} else set()
+    live |= {name for name, found in copies.items() if live.intersection(found)}
+    return {"copies": copies, "computed": computed, "spent": {k: {} for k in suspects if k not in live}}
+
+
+def _live(
+    build: Callable[[Mapping[str, Any]], Transform],
+    columns: Mapping[str, Tensor],
+    params: Tree,
+    state: State,
+    computed: Names,
+) -> set[Any]:
+    """The columns and places that a step uses."""
+    state = pytree.tree_map(torch.clone, state)
+    for place in computed:
+        state = replaced(state, place, None)
+    with _Trace() as trace:
+        rule = build(columns)
+        extras = {"refresh": False} if "refresh" in rule.needs else {}
+        updates, new = rule.update(state, pytree.tree_map(torch.zeros_like, params), params, **extras)
+    made = [*pytree.tree_leaves(updates), *(x for _, x in places(new))]
+    sources = {i for x in made for i in trace.sources(x)}
+    given: dict[Any, Tensor | None] = {**columns, **dict(hyper_places(state))}
+    return {k for k, x in given.items() if id(x) in sources}
+
+
+def replaced(tree: State, place: Sequence[str], value: Tensor | None) -> State:
+    """Nested dicts with another value at a place."""
+    key, *rest = place
+    return {**tree, key: replaced(tree[key], rest, value) if rest else value}
 
 
 class _Trace(TorchFunctionMode):

@@ -3,8 +3,8 @@
     model = functional(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), nn.Linear(64, 10)))
     logits, buffers = model.apply(model.params, model.buffers, x, key=key)
 
-`torch.vmap` maps that over lanes, running statistics and dropout masks included. What draws from torch's global
-generator in another way (F.dropout in a forward, attention with dropout_p) is not replaced: vmap says so by an error.
+`torch.vmap` maps that over lanes, running statistics and dropout masks included. Other layers that draw from torch's
+global generator are refused (`functional`); functions that do, in a forward, make a sweep raise.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ def functional(module: nn.Module) -> Functional:
     """A module as a pure function. The module itself stays as it is; its mode (train or eval) is taken now.
 
     Its dropout layers draw from `key`, int64 [2], each one and each call for itself. `apply` raises ValueError when it
-    has such layers, in train mode, and no key.
+    has such layers, in train mode, and no key. Raises ValueError for a layer in train mode that is no function of what
+    it is given, or looks at a value: other dropouts than nn.Dropout and its spatial variants, attention and recurrent
+    layers with a dropout of their own, nn.RReLU, and batch norms with momentum=None.
     """
+    _check(module)
     model = copy.deepcopy(module).requires_grad_(False)
     keyed: dict[nn.Module, KeyedDropout] = {}
     for name, child in list(model.named_modules(remove_duplicate=False)):
@@ -66,6 +69,34 @@ def functional(module: nn.Module) -> Functional:
         return output, {name: given[name] for name in buffers}
 
     return Functional(params, buffers, apply)
+
+
+def _check(module: nn.Module) -> None:
+    """Raise ValueError for the first layer that cannot be mapped over lanes, with what to do about it."""
+    for name, child in module.named_modules():
+        here = f"layer {name!r}" if name else "the module"
+        drops = getattr(child, "dropout", None)
+        if isinstance(child, nn.RReLU):
+            raise ValueError(f"{here} is RReLU, which torch does not map, in eval mode either: put nn.LeakyReLU there")
+        if not child.training:
+            continue
+        if isinstance(child, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and child.p:
+            hint = f"put nn.Dropout({child.p}) in its place, or set its p to 0"
+        elif isinstance(child, (nn.MultiheadAttention, nn.RNNBase)) and drops:
+            hint = "set its `dropout` to 0.0, and put an nn.Dropout behind it"
+        elif isinstance(child, nn.modules.batchnorm._NormBase) and child.momentum is None:
+            if not child.track_running_stats:
+                continue
+            raise ValueError(
+                f"{here} is {type(child).__name__}(momentum=None), whose average looks at the number of batches as a "
+                "Python number: set its momentum to a number, such as 0.1"
+            )
+        else:
+            continue
+        raise ValueError(
+            f"{here} is {type(child).__name__}, which draws from torch's global generator in train mode: {hint}, or "
+            "call eval() on it"
+        )
 
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[int], Tensors]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hbfunc.forms import short
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transform import Leaves, State, Transform, check_number, in_dtype_of, kept, remembered, transform, zeros
 
@@ -98,7 +99,7 @@ def scale_by_adopt(
     if clip_exp is not None:
         check_number("clip_exp", clip_exp, 0, float("inf"), open_high=True)
     if not isinstance(debias, bool):
-        raise TypeError(f"debias={debias!r}: expected True or False")
+        raise TypeError(f"debias={short(debias)}: expected True or False")
 
     def weights(t: Tensor) -> list[Tensor]:
         first, one = t == 1, torch.ones_like(t)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hbfunc.forms import short
 from hbfunc.transform import Leaves, State, Transform, check_number, remembered, stateless, transform
 
 Clip = Callable[[list[Tensor]], list[Tensor]]
@@ -117,7 +118,7 @@ def clip_by(rule: str | Clip | Transform | None, argument: str = "gradient_clipp
     if callable(rule):
         return _by_function(rule, argument)
     if not isinstance(rule, str) or rule not in BY_NAME:
-        raise ValueError(f"{argument}={rule!r}: expected None, a function, or one of {', '.join(BY_NAME)}")
+        raise ValueError(f"{argument}={short(rule)}: expected None, a function, or one of {', '.join(BY_NAME)}")
     return BY_NAME[rule]()
 
 
@@ -130,7 +131,7 @@ def _by_function(rule: Clip, argument: str) -> Transform:
         clipped = rule([u.clone() for u in updates.values()])
         if not isinstance(clipped, (list, tuple)) or len(clipped) != len(updates):
             raise TypeError(
-                f"{argument}: expected the function to return a list of {len(updates)} tensors, got {clipped!r}"
+                f"{argument}: expected the function to return a list of {len(updates)} tensors, got {short(clipped)}"
             )
         for (k, u), x in zip(updates.items(), clipped, strict=True):
             if not isinstance(x, Tensor) or x.shape != u.shape:

@@ -30,6 +30,7 @@ from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
 from hbfunc.distributed import on_owners
+from hbfunc.forms import short
 from hbfunc.linalg import kron
 from hbfunc.precision import STORAGE, round_each
 from hbfunc.schedules import Number, at, count_zeros, increment
@@ -435,7 +436,7 @@ def _put(stack: Tensor, new: Tensor, bucket: Bucket, leaves: Flat) -> Tensor:
 
 def _check_extras(refresh: Any, curvature: Curvature | None, newton: bool) -> None:
     if not (refresh is None or isinstance(refresh, bool)):
-        raise ValueError(f"refresh={refresh!r}: expected None, True or False")
+        raise ValueError(f"refresh={short(refresh)}: expected None, True or False")
     if newton and curvature is None:
         raise ValueError("curvature=None: expected v -> Hessian-vector product, as curvature=True announced")
     if not newton and curvature is not None:

@@ -21,6 +21,7 @@ from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
 from hbfunc.distributed import on_owners
+from hbfunc.forms import short
 from hbfunc.linalg import eigenbasis as bases
 from hbfunc.opaque import materialize
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment
@@ -132,7 +133,7 @@ def scale_by_soap(
         state: State, updates: dict[str, Tensor], params: Leaves, *, refresh: bool | str | None = None
     ) -> tuple[dict[str, Tensor], State]:
         if not (refresh is None or isinstance(refresh, bool) or refresh == "first"):
-            raise ValueError(f"refresh={refresh!r}: expected None, True, False or 'first'")
+            raise ValueError(f"refresh={short(refresh)}: expected None, True, False or 'first'")
         count = increment(state["count"], updates)
         planned = plan(params)
         rows = {n: buckets.present(b, updates) for n, b in planned.items()}
@@ -362,6 +363,6 @@ def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, inner
     check_choice("data_format", data_format, ("channels_first", "channels_last"))
     check_choice("inner", inner, ("adam", "laprop"))
     if not isinstance(scheduler, Sequence) or isinstance(scheduler, str) or len(scheduler) != 2:
-        raise ValueError(f"precond_scheduler={scheduler!r}: expected two numbers, power and base")
+        raise ValueError(f"precond_scheduler={short(scheduler)}: expected two numbers, power and base")
     for number in scheduler:
         check_number("precond_scheduler", number, 0, float("inf"), open_low=True, open_high=True)
