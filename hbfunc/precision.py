@@ -99,7 +99,7 @@ def round_to_parameters(seed: int | Tensor = 0) -> Transform:
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, *, last: bool = True
     ) -> tuple[dict[str, Tensor], State]:
-        mine = {k: u for k, u in updates.items() if k in low(params)}
+        mine = {k: u for k, u in updates.items() if params[k].dtype == torch.bfloat16}
         if not mine or not last:
             return updates, state
         t = increment(state["count"], mine)

@@ -115,12 +115,14 @@ def remembered(factory: Callable[P, Transform]) -> Callable[P, Transform]:
     """A factory whose transforms pickle as the call that made them: the factory by its name, and the arguments, which
     must pickle themselves, as functions of a module do and lambdas do not. It takes numpy's numbers for Python's."""
 
+    call = cast(Callable[..., Transform], factory)
+
     @functools.wraps(factory)
     def make(*given: P.args, **options: P.kwargs) -> Transform:
         if torch.compiler.is_compiling():
             return factory(*given, **options)
         args, kwargs = tuple([plain(x) for x in given]), {k: plain(x) for k, x in options.items()}
-        made = cast(Callable[..., Transform], factory)(*args, **kwargs)
+        made = call(*args, **kwargs)
         if any(made is x for x in args):
             return made
         return made._replace(made=Made(make, args, kwargs, made))
@@ -255,7 +257,7 @@ def in_dtype_of(x: Tensor, value: Any) -> Any:
 
 def on_device_of(x: Tensor, value: Any) -> Any:
     """`value`, which may be a 0-dim tensor on the device of another leaf, for use beside x. On the CPU it may stay."""
-    if isinstance(value, Tensor) and value.device != x.device and value.device.type != "cpu":
+    if isinstance(value, Tensor) and not value.is_cpu and value.device != x.device:
         return value.to(x.device)
     return value
 
