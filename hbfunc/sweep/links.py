@@ -59,8 +59,12 @@ def _live(
         state = replaced(state, place, None)
     with _Trace() as trace:
         rule = build(columns)
-        extras = {"refresh": False} if "refresh" in rule.needs else {}
-        updates, new = rule.update(state, pytree.tree_map(torch.zeros_like, params), params, **extras)
+        grads = pytree.tree_map(torch.zeros_like, params)
+        refresh: dict[str, Any] = {"refresh": False} if "refresh" in rule.needs else {}
+        try:
+            updates, new = rule.update(state, grads, params, **refresh)
+        except ValueError:  # it wants Hessian-vector products
+            updates, new = rule.update(state, grads, params, **refresh, curvature=lambda v: v)
     made = [*pytree.tree_leaves(updates), *(x for _, x in places(new))]
     sources = {i for x in made for i in trace.sources(x)}
     given: dict[Any, Tensor | None] = {**columns, **dict(hyper_places(state))}
