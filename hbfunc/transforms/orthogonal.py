@@ -7,9 +7,9 @@ import math
 from torch import Tensor
 
 from hbfunc import buckets
-from hbfunc.distributed import on_owners
 from hbfunc.linalg import polar
-from hbfunc.transform import Leaves, State, Transform, check_choice, remembered, transform
+from hbfunc.stacks import matrix_rule
+from hbfunc.transform import Leaves, State, Transform, check_choice, remembered
 
 METHODS = ("newtonschulz", "polar_express", "svd", "qr")
 
@@ -33,5 +33,4 @@ def orthogonalize(method: str = "newtonschulz") -> Transform:
             stacks[name] = factor * math.sqrt(max(1, rows / columns))
         return {**updates, **buckets.unstack(matrices, stacks, updates)}, {}
 
-    rule = transform(lambda params: {}, update, "orthogonalize", leafwise=True)
-    return on_owners(rule, params=False)
+    return matrix_rule(lambda params: {}, update, "orthogonalize")

@@ -29,25 +29,24 @@ from torch import Tensor
 from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
-from hbfunc.distributed import on_owners
 from hbfunc.forms import short
 from hbfunc.linalg import kron
 from hbfunc.precision import STORAGE, round_each
 from hbfunc.schedules import Number, at, count_zeros, increment
+from hbfunc.stacks import layout as stacks_layout
+from hbfunc.stacks import matrix_rule, put, take, where
 from hbfunc.transform import (
     Flat,
     Layout,
     Leaves,
     State,
     Transform,
-    by_device,
     check_choice,
     check_int,
     check_number,
     compute_dtype,
     kept,
     remembered,
-    transform,
 )
 
 Curvature = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
@@ -155,7 +154,8 @@ def scale_by_psgd(
         _check_extras(refresh, curvature, newton)
         count = increment(state["count"], updates)
         every = plan(params)
-        here = {n: f for n, f in every.items() if buckets.present(f.bucket, updates) != ()}
+        rows = {n: buckets.present(f.bucket, updates) for n, f in every.items()}
+        here = {n: f for n, f in every.items() if rows[n] != ()}
         if not here:
             return updates, kept(state, count=count)
         paths = [path for f in here.values() for path in f.bucket.paths if path in updates]  # one per row of the stacks
@@ -165,7 +165,7 @@ def scale_by_psgd(
         u = _stacks(here, updates)
         kinds = [(tuple(updates[path].shape), updates[path].dtype) for path in leaves]
         stacked = [(tuple(x.shape), x.dtype) for x in u.values()]
-        old = {n: [_take(state[field][n], f.bucket, updates) for field in f.fields] for n, f in here.items()}
+        old = {n: [take(state[field][n], rows[n]) for field in f.fields] for n, f in here.items()}
 
         def fit(
             key: Tensor, keys: Tensor, lr: Tensor, t: Tensor, due: Tensor, balanced: Tensor, *stacks: Tensor
@@ -197,7 +197,7 @@ def scale_by_psgd(
                 if not early:  # fewer elements than those of matrices, and the same P
                     fitted = kron.balance(fitted, where=balanced_n)
                 if refresh is None:
-                    fitted = [_where(due_n, a, b) for a, b in zip(fitted, stored[n], strict=True)]
+                    fitted = [where(due_n, a, b) for a, b in zip(fitted, stored[n], strict=True)]
                 flat += fitted
                 matrices[n] = [q.to(f.dtype) for q in qs]
             return flat, matrices
@@ -227,7 +227,7 @@ def scale_by_psgd(
         fields: dict[str, dict[str, Tensor]] = {}
         for n, f in here.items():
             for field, x in zip(f.fields, new[n], strict=True):
-                fields.setdefault(field, {})[n] = _put(state[field][n], x, f.bucket, updates)
+                fields.setdefault(field, {})[n] = put(state[field][n], rows[n], x)
         bucketed = {n: f.bucket for n, f in here.items()}
         return {**updates, **buckets.unstack(bucketed, moved, updates)}, kept(state, count=count, **progress, **fields)
 
@@ -243,11 +243,8 @@ def scale_by_psgd(
         return due, {"progress": {path: x.clone() for path, x in zip(paths, rows, strict=True)}}
 
     def layout(params: Flat) -> Layout:
-        places: Layout = {}
-        for n, f in plan(params).items():
-            for field in f.fields:
-                places.setdefault(field, {})[n] = f.bucket.paths
-        return places
+        planned = plan(params)
+        return stacks_layout({n: f.bucket for n, f in planned.items()}, lambda n: planned[n].fields)
 
     def refreshes(state: State) -> Callable[[int], bool] | None:
         p = preconditioner_update_probability
@@ -255,8 +252,8 @@ def scale_by_psgd(
             return None  # only the state has the sum of all earlier probabilities, or the value
         return refresh_schedule(p, seed=seed, key=state.get("key"))
 
-    rule = transform(init, by_device(update), "scale_by_psgd", ("grads", "refresh", "curvature"), layout, leafwise=True)
-    return on_owners(rule._replace(refreshes=refreshes), params=False, grads=not momentum_into_precond_update)
+    needs, reads = ("grads", "refresh", "curvature"), () if momentum_into_precond_update else ("grads",)
+    return matrix_rule(init, update, "scale_by_psgd", needs, layout, reads=reads, refreshes=refreshes)
 
 
 class Factors(NamedTuple):
@@ -413,25 +410,6 @@ def _stacks(here: Mapping[str, Factors], leaves: Flat) -> dict[str, Tensor]:
 def _unflatten(flat: Iterable[Tensor], here: Mapping[str, Factors]) -> dict[str, list[Tensor]]:
     rest = iter(flat)
     return {n: [next(rest) for _ in f.fields] for n, f in here.items()}
-
-
-def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-
-def _take(stack: Tensor, bucket: Bucket, leaves: Flat) -> Tensor:
-    """The rows of a stack whose leaf is there."""
-    rows = buckets.present(bucket, leaves)
-    return stack if rows is None else torch.stack([stack[row] for row in rows])
-
-
-def _put(stack: Tensor, new: Tensor, bucket: Bucket, leaves: Flat) -> Tensor:
-    """The stack with the rows of `_take` replaced."""
-    rows = buckets.present(bucket, leaves)
-    if rows is None:
-        return new
-    fresh = dict(zip(rows, new.unbind(), strict=True))
-    return torch.stack([fresh.get(i, row) for i, row in enumerate(stack.unbind())])
 
 
 def _check_extras(refresh: Any, curvature: Curvature | None, newton: bool) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor
 from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
-from hbfunc.distributed import on_owners
 from hbfunc.forms import short
 from hbfunc.linalg import eigenbasis as bases
 from hbfunc.opaque import materialize
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment
+from hbfunc.stacks import Rows, along, matrix_rule, put, take
+from hbfunc.stacks import layout as stacks_layout
 from hbfunc.transform import (
     Flat,
     Layout,
@@ -32,14 +33,12 @@ from hbfunc.transform import (
     RefreshSchedule,
     State,
     Transform,
-    by_device,
     check_choice,
     check_int,
     check_number,
     compute_dtype,
     kept,
     remembered,
-    transform,
 )
 from hbfunc.transforms.adaptive import check_adam, denominator, ema
 
@@ -141,7 +140,8 @@ def scale_by_soap(
         if not here:
             return updates, kept(state, count=count)
         t = torch.stack([count[path] for b in here.values() for path in b.paths if path in updates])
-        stacks = {n: _take(state, n, rows[n]) for n in here}
+        kinds = [key for key, x in state.items() if isinstance(x, dict) and key != "count"]
+        stacks = {n: {key: take(state[key][n], rows[n]) for key in kinds if n in state[key]} for n in here}
         scalars = _scalars(t, stacks, beta1, beta2, shampoo_beta, correct_bias)
 
         steps = {}
@@ -152,13 +152,13 @@ def scale_by_soap(
             else:
                 qs = [s.get(f"Q_{d}") for d in range(len(bucket.shape))]
                 u, m, v = _inner_step(inner, bases.project(x, qs), s["exp_avg"], s["exp_avg_sq"], w1, w2, eps)
-                moving = _along(moves, x) > 0
+                moving = along(moves, x) > 0
                 steps[name] = torch.where(moving, bases.project_back(u, qs), 0)
                 if refresh is None:  # a weight of 0 does not keep an infinite first gradient out
                     m, v = torch.where(moving, m, s["exp_avg"]), torch.where(moving, v, s["exp_avg_sq"])
                 s = {**s, "exp_avg": m, "exp_avg_sq": v}
             gg = {f"GG_{d}": bases.outer_product(x, d, len(bucket.shape)) for d in modes(bucket)}
-            stacks[name] = {**s, **{key: ema(s[key], new, _along(w3, new)) for key, new in gg.items()}}
+            stacks[name] = {**s, **{key: ema(s[key], new, along(w3, new)) for key, new in gg.items()}}
 
         if refresh is None:
             stacks = _where(t == 1, first, ("Q_",), stacks)
@@ -173,11 +173,11 @@ def scale_by_soap(
         return stepped, kept(state, count=count, **_put(state, stacks, rows))
 
     def layout(params: Flat) -> Layout:
-        places: Layout = {}
-        for name, bucket in plan(params).items():
-            for key in ("exp_avg", "exp_avg_sq", *[f"{x}_{d}" for d in modes(bucket) for x in ("GG", "Q")]):
-                places.setdefault(key, {})[name] = bucket.paths
-        return places
+        planned = plan(params)
+        moments = ("exp_avg", "exp_avg_sq")
+        return stacks_layout(
+            planned, lambda n: [*moments, *(f"{x}_{d}" for d in modes(planned[n]) for x in ("GG", "Q"))]
+        )
 
     def refreshes(state: State) -> RefreshSchedule | None:
         frequency = precondition_frequency
@@ -187,8 +187,8 @@ def scale_by_soap(
             frequency = int(frequency)
         return refresh_schedule(frequency, use_precond_schedule, precond_scheduler, seed, state.get("key"))
 
-    rule = transform(init, by_device(update), "scale_by_soap", ("refresh",), layout, leafwise=True)
-    return on_owners(rule._replace(refreshes=refreshes, first_step_moves=False), params=False)
+    needs = ("refresh",)
+    return matrix_rule(init, update, "scale_by_soap", needs, layout, refreshes=refreshes, first_step_moves=False)
 
 
 def refresh_probability(t: Tensor, power: float = 1 / 3, base: float = 9) -> Tensor:
@@ -255,16 +255,11 @@ def _scalars(
     return {name: list(part.to(m.dtype)) for (name, m), part in zip(moments.items(), parts, strict=True)}
 
 
-def _along(rows: Tensor, like: Tensor) -> Tensor:
-    """A vector over the rows of a stack, shaped to multiply it."""
-    return rows.reshape(-1, *(1,) * (like.ndim - 1))
-
-
 def _inner_step(
     inner: str, x: Tensor, m: Tensor, v: Tensor, w1: Tensor, w2: Tensor, eps: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The update and moments of Adam or LaProp."""
-    w1, w2 = _along(w1, x), _along(w2, x)
+    w1, w2 = along(w1, x), along(w2, x)
     v = ema(v, x * x, w2)
     if inner == "laprop":
         m = ema(m, x / denominator(v, eps), w1)
@@ -313,7 +308,7 @@ def _where(
         for (n, key), x in zip(read, values, strict=True):
             old.setdefault(n, {})[key] = _or_regular(marked[n], x) if key.startswith("GG_") else x
         new = {n: rule(s) for n, s in old.items()}
-        return [torch.where(_along(marked[n], old[n][key]), new[n][key], old[n][key]) for n, key in changed]
+        return [torch.where(along(marked[n], old[n][key]), new[n][key], old[n][key]) for n, key in changed]
 
     def otherwise(rows: Tensor, *values: Tensor) -> Sequence[Tensor]:
         return values[: len(changed)]
@@ -327,30 +322,20 @@ def _where(
 
 def _or_regular(rows: Tensor, gg: Tensor) -> Tensor:
     """gg, and a matrix with distinct eigenvalues in the rows that are not marked: derivatives are finite there."""
-    return torch.where(_along(rows, gg), gg, torch.arange(1, gg.shape[-1] + 1, dtype=gg.dtype, device=gg.device).diag())
+    return torch.where(along(rows, gg), gg, torch.arange(1, gg.shape[-1] + 1, dtype=gg.dtype, device=gg.device).diag())
 
 
 def _normalized(u: Tensor) -> Tensor:
     return u / torch.sqrt(u.square().mean().clamp(min=torch.finfo(u.dtype).tiny))
 
 
-def _take(state: State, name: str, rows: tuple[int, ...] | None) -> Stacks:
-    """The stacks of a bucket, of the given rows only."""
-    stacks = {key: x[name] for key, x in state.items() if isinstance(x, dict) and name in x and key != "count"}
-    return stacks if rows is None else {key: torch.stack([x[i] for i in rows]) for key, x in stacks.items()}
-
-
-def _put(state: State, stacks: dict[str, Stacks], rows: dict[str, tuple[int, ...] | None]) -> dict[str, Stacks]:
+def _put(state: State, new: dict[str, Stacks], rows: dict[str, Rows]) -> dict[str, Stacks]:
     """By state key and bucket: the stacks, and the old rows where they have none."""
-    new: dict[str, Stacks] = {}
-    for name, s in stacks.items():
+    found: dict[str, Stacks] = {}
+    for name, s in new.items():
         for key, x in s.items():
-            there = rows[name]
-            if there is not None:
-                fresh = dict(zip(there, x.unbind(), strict=True))
-                x = torch.stack([fresh.get(i, old) for i, old in enumerate(state[key][name].unbind())])
-            new.setdefault(key, {})[name] = x
-    return new
+            found.setdefault(key, {})[name] = x if rows[name] is None else put(state[key][name], rows[name], x)
+    return found
 
 
 def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, inner: str, scheduler: Any) -> None:
