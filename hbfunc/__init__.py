@@ -59,6 +59,7 @@ from hbfunc.optimizers.soap import (
     soap,
 )
 from hbfunc.precision import round_to_parameters, with_storage
+from hbfunc.presence import with_presence
 from hbfunc.schedules import palm_beta2, warmup
 from hbfunc.transform import Transform, apply_updates, chain, stateless, transform
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
@@ -182,5 +183,6 @@ __all__ = [
     "warmup",
     "with_ema",
     "with_hyperparameters",
+    "with_presence",
     "with_storage",
 ]

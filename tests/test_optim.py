@@ -1039,8 +1039,8 @@ def test_a_step_checks_parameters_and_gradients_and_no_state(monkeypatch):
     """torch.compile looks at every tensor that it is told to before each step; the unit's own are not among them."""
     checked, decide = [], compiled._guarded
 
-    def keep(entries):
-        kept = decide(entries)
+    def keep(own, entries):
+        kept = decide(own, entries)
         checked.extend(entry.name for entry, yes in zip(entries, kept, strict=True) if yes)
         return kept
 

@@ -17,7 +17,7 @@ from hbfunc.chainable.parts import Function, parts_of
 from hbfunc.chainable.rules import Face, ScheduleFreeFace, agreeing, decayed, ending, palm_beta2
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.optim.averaged import TrainEval
-from hbfunc.optim.shim import StatefulOptimizer, trainable, use_default
+from hbfunc.optim.shim import StatefulOptimizer, use_default
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import before, check_flags, two_betas
 from hbfunc.precision import round_to_parameters, with_storage
@@ -108,10 +108,10 @@ class ChainOpt(StatefulOptimizer):
         return {**settings, **{k: v for k, v in group.items() if k not in _NO_OPTIONS}}
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
+        """What shapes the graph of a group besides its parameters: every option that is not a number."""
         numbers, choices = split(self.options(group))
         kinds = {k: v if callable(v) and not isinstance(v, Tensor) else "number" for k, v in numbers.items()}
-        return tuple(map(id, trainable(group))), group["foreach"], kinds, choices
+        return group["foreach"], kinds, choices
 
     def _checked(self, group: dict[str, Any], names: list[str]) -> None:
         options = {k: v for k, v in self.options(group).items() if isinstance(v, (int, float, Tensor))}

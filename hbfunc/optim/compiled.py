@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 import types
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Sequence, Set
+from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import list_mode_options
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hbfunc.optim.state import Place, nested, places
-from hbfunc.transform import Leaves, Transform, compute_dtype
+from hbfunc.presence import masked_update
+from hbfunc.transform import Layout, Leaves, Transform, compute_dtype
 
 Writes = list[tuple[Tensor, Tensor]]  # a buffer, and what is to be in it
 Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], "Writes | None"]
+
+
+class Ready:
+    """A step that can be called, and whether it has been: only then is it compiled. Units that are alike share it."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.tried = step, False
 
 
 def in_place_step(
@@ -26,9 +41,13 @@ def in_place_step(
     curvature: bool = False,
     deferred: bool = False,
     empty: Sequence[Place] = (),
+    masked: Layout | None = None,
 ) -> Step:
     """step(params, grads, tensors, products) for the parameters at `paths`, of which those numbered `present` have
     gradients.
+
+    masked: the layout of the state, for a step with a mask: the last of `products` is then a vector of bools that tells
+    which of the parameters that are `present`, with gradients of any value, are to be stepped.
 
     tensors: those of the state, at the places `at`, where its empty dicts are at `empty`; like the parameters they are
     written in place. products: with `curvature`, Hessian times the transform's own probes for the parameters with
@@ -40,6 +59,10 @@ def in_place_step(
         params: Sequence[Tensor], grads: Sequence[Tensor], tensors: Sequence[Tensor], products: Sequence[Tensor]
     ) -> Writes | None:
         leaves = Leaves(zip(paths, params, strict=True))
+        here: dict[str, Tensor] = {}
+        if masked is not None:
+            *products, mask = products
+            here = dict(zip([paths[i] for i in present], mask.unbind(), strict=True))
         given = {paths[i]: g.to(compute_dtype(params[i])) for i, g in zip(present, grads, strict=True)}
         more = dict(extras)
         if curvature:
@@ -48,8 +71,12 @@ def in_place_step(
             # A leaf that moves without a gradient of its own (`Transform.every_call`) has no curvature either.
             more["curvature"] = lambda v: {k: product[k] if k in product else torch.zeros_like(x) for k, x in v.items()}
         state = nested(dict(zip(at, tensors, strict=True)), empty)
-        updates, state = transform.update(state, given, leaves, **more)
+        if masked is None:
+            updates, state = transform.update(state, given, leaves, **more)
+        else:
+            updates, state = masked_update(transform, masked, state, given, leaves, here, more)
         moved = {k: leaves[k].to(u.dtype) + u for k, u in updates.items()}
+        moved |= {k: torch.where(here[k], moved[k], leaves[k].to(u.dtype)) for k, u in updates.items() if k in here}
         written = dict.fromkeys((*params, *tensors))
         after = dict(places(state))
         changed = [(old, after[place]) for place, old in zip(at, tensors, strict=True) if place in after]
@@ -87,18 +114,80 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     own = types.FunctionType(
         step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
     )
-    options: dict[str, Any] = {"guard_filter_fn": _guarded}
-    if mode in ("eager", "aot_eager"):
+    options: dict[str, Any] = {"guard_filter_fn": partial(_guarded, made_here(step))}
+    if mode in _UNBUILT:
         return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options)
     if device.type != "cpu" or not mode.startswith("max-autotune"):
         options |= list_mode_options(mode, dynamic)  # which is what `mode` means; both cannot be passed
     return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
 
 
-# Beginnings of names that guards have: those of variables around `step`, and of what our modules import.
-_OWN = ("tensors[", "paths", "present", "at[", "extras", "empty", "G['__import_hbfunc", "G['__builtins")
+_made: WeakValueDictionary[Hashable, Ready] = WeakValueDictionary()
 
 
-def _guarded(entries: Sequence[Any]) -> list[bool]:
-    """What torch.compile is to check before each step: not what the unit has made itself, and nobody changes."""
-    return [not entry.name.startswith(_OWN) for entry in entries]
+def shared(key: Hashable, make: Callable[[], Ready]) -> Ready:
+    """What was made for this key, as long as somebody holds it; or else what is made now."""
+    found = _made.get(key)
+    if found is None:
+        found = _made[key] = make()
+    return found
+
+
+def made_here(step: Step) -> set[str]:
+    """Names of the variables of `step` that the unit has made itself and nobody changes: all around it but the
+    transform, which may look at what is a user's, and its argument of the state's tensors."""
+    code = step.__code__
+    around = zip(code.co_freevars, step.__closure__ or (), strict=True)
+    return {code.co_varnames[2], *(name for name, cell in around if not isinstance(cell.cell_contents, Transform))}
+
+
+def _guarded(own: Set[str], entries: Sequence[Any]) -> list[bool]:
+    """What torch.compile is to check before each step: not what this library has made, and nobody changes.
+
+    own: names of variables. What is looked at is where a guarded value comes from, not how that is spelled.
+    """
+    ours = {f"__import_{name.replace('.', '_dot_')}" for name in sys.modules if name.partition(".")[0] == "hbfunc"}
+    found = []
+    for entry in entries:
+        source = entry.orig_guard.originating_source
+        while hasattr(source, "base"):
+            source = source.base
+        if entry.is_global:
+            name = getattr(source, "global_name", "")
+            found.append(name not in ours and not name.startswith("__builtins_dict__"))
+        else:
+            found.append(getattr(source, "local_name", None) not in own)
+    return found
+
+
+# Whether a step can be compiled where it is taken.
+
+_UNBUILT = ("eager", "aot_eager")  # modes that need no compiler
+_lacking: list[str] = []  # why there is none on this machine, once that is known
+_FAILURES = ("InvalidCxxCompiler", "CppCompileError", "CUDACompileError", "TritonMissing", "GPUTooOldForTriton")
+
+
+def usable(mode: str | None) -> str | None:
+    """The mode in which a step is compiled here and now: None, to take it as it is, where torch.compile traces nothing
+    (it is switched off, or a TorchDispatchMode looks on) and where there is no compiler."""
+    if mode is None or dynamo_config.disable or _get_current_dispatch_mode() is not None:
+        return None
+    return None if _lacking and mode not in _UNBUILT else mode
+
+
+def without_compiler(error: Exception) -> bool:
+    """Whether `error` says that there is no compiler that works: warns then, and from then on `usable` is None."""
+    cause: Any = error
+    while cause is not None and type(cause).__name__ not in _FAILURES and not str(cause).startswith("Compiler:"):
+        cause = cause.__cause__ or getattr(cause, "inner_exception", None)
+    if cause is None or not isinstance(error, BackendCompilerFailed):
+        return False
+    if not _lacking:
+        _lacking.append(str(cause))
+        warnings.warn(
+            f"torch.compile found no compiler that works, so that steps are not compiled from here on, and slower: "
+            f"{str(cause).splitlines()[0]}. Install one, or set hbfunc.utils.compile_mode = None",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return True

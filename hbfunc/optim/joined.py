@@ -52,6 +52,11 @@ class Joined:
         """The gradients, of which there must be all, flat: a copy, until `release`."""
         return self._grad.take([p.grad for p in self.params])  # type: ignore[misc]
 
+    @property
+    def flat(self) -> Tensor:
+        """The flat tensor, which has memory between `take_params` and `release` only."""
+        return self._flat.flat
+
     def write(self) -> None:
         """Copy the flat parameters, as they are now, back into the parameters."""
         torch._foreach_copy_(self.params, self._flat.parts)

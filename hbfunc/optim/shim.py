@@ -7,8 +7,8 @@ recompile nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from hbfunc.autocast import in_own_precision
 from hbfunc.exchange import is_sharded, local
 from hbfunc.forms import short
 from hbfunc.optim import checkpoint, sharded
+from hbfunc.optim.compiled import Ready
 from hbfunc.optim.guard import guarded
 from hbfunc.optim.interrupts import uninterrupted
 from hbfunc.optim.joined import joins
@@ -47,6 +48,8 @@ class UseDefault:
 
 
 use_default = UseDefault()
+
+_KEPT = 64  # graphs of units that are no more
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
@@ -102,6 +105,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._unseeded = seed is None  # the seed is torch's, until the first step knows better
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
         self._pairs: dict[Tensor, Tensor] = {}  # complex parameters, seen as reals
+        self._graphs: deque[Ready] = deque(maxlen=_KEPT)  # of units that are no more
         self._new: list[Tensor] = []  # whose state this step has made
         self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
         super().__init__(params, defaults)
@@ -121,12 +125,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
         raise NotImplementedError(f"{type(self).__name__}.transform: expected a subclass that has one")
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
+        """What shapes the graph of a group besides its parameters: every option that is not a number."""
         raise NotImplementedError(f"{type(self).__name__}.structure: expected a subclass that has one")
 
-    def members(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters of a group that have a state."""
-        return trainable(group)
+    def rule(self, group: dict[str, Any], unit: Unit) -> Hashable | None:
+        """What tells the transform of a group's unit from others, numbers in its state aside: units of one optimizer or
+        of several share graphs where it is equal. None: nobody knows."""
+        return None
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """The value in a param group of a hyperparameter of the state, where betas are split."""
@@ -317,38 +322,64 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return moved
 
     def _key(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What the units of a group were made for."""
-        return group["nonfinite"], self.structure(group)
+        """What the units of a group were made for: which parameters, of how many, and what shapes their graphs."""
+        ids = tuple([id(p) for p in self.members(group)])
+        return ids, len(group["params"]), group["nonfinite"], self.structure(group)
+
+    def members(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of a group that have a state, or are to have one. Whoever has one stays, also when it is
+        frozen: so freezing and unfreezing in turn changes nothing."""
+        return [p for p in group["params"] if p.requires_grad or p.grad is not None or self.state.get(p)]
 
     def _ready(self, index: int, group: dict[str, Any]) -> list[Unit]:
         """The units of a group that have a gradient, or whose transform is to be called at every step; made anew where
         options, parameters or `state` changed."""
-        key, units = self._units.get(index, (None, []))
+        before, units = self._units.get(index, (None, []))
         if all(p.grad is None for p in group["params"]):
             tx = units[0].transform if units else self.transform(group)
             if not tx.every_call:
                 return []
+        key = self._key(group)
         alive = set(map(id, self.state.values()))
-        current = key == self._key(group) and all(unit.shown_in(alive) for unit in units)
-        if current and not all(unit.whole() for unit in units):
-            self._apart.add(index)  # and for good: a graph for every pattern of gradients would be one too many
-            current = False
-        if not current:
-            self.state.update(self._presented(units))
-            key, units = self._units[index] = self._built(index, group)
+        if not (before and before[1:] == key[1:] and all(unit.shown_in(alive) for unit in units)):
+            units = self._rebuilt(index, group, units)
+        elif before[0] != key[0]:
+            new = set(key[0]).difference(before[0])
+            if tuple(i for i in key[0] if i not in new) == before[0] and self.transform(group).leafwise:
+                units = [*units, *self._built(index, group, new)]
+            else:
+                units = self._rebuilt(index, group, units)
+        for unit in [unit for unit in units if not unit.whole()]:
+            self._apart.add(index)  # and for good
+            i = units.index(unit)
+            mine = {id(p) for p in unit.parameters.values()}
+            units = [*units[:i], *self._rebuilt(index, group, [unit], mine), *units[i + 1 :]]
+        self._units[index] = self._key(group), units
         return [unit for unit in units if unit.moving() or unit.transform.every_call]
 
+    def _rebuilt(
+        self, index: int, group: dict[str, Any], units: list[Unit], only: Collection[int] | None = None
+    ) -> list[Unit]:
+        """Others in place of `units`, see `_built`. Their graphs are kept for a while: they may be what others need."""
+        self._graphs.extend(ready for unit in units for ready in unit.steps.values())
+        self.state.update(self._presented(units))
+        return self._built(index, group, only)
+
     @torch.no_grad()
-    def _built(self, index: int, group: dict[str, Any]) -> tuple[Any, list[Unit]]:
-        """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views."""
+    def _built(self, index: int, group: dict[str, Any], only: Collection[int] | None = None) -> list[Unit]:
+        """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views.
+
+        only: ids of the parameters that they are for, in place of all that have a state.
+        """
         self._check_whole(index)
         names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
-        owners = {names[id(p)]: p for p in self.members(group)}
+        every = self.members(group)
+        owners = {names[id(p)]: p for p in every if only is None or id(p) in only}
         for k, p in owners.items():
             if p.is_complex():
                 check_dtype(k, p, self.transform(group).elementwise)
         leaves = sorted((k, self._leaf(p)) for k, p in owners.items())
-        double = any(p.dtype == torch.float64 for _, p in leaves)
+        double = any(self._leaf(p).dtype == torch.float64 for p in every)
         held = {k: self.state[p] for k, p in owners.items() if p in self.state}
         if any(is_sharded(p) for _, p in leaves):
             make, joining = partial(self.transform, group), None if index in self._apart else held
@@ -360,6 +391,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 parts = [[leaf] for leaf in leaves]
             units = [self._unit(group, Leaves(part), double, held, index) for part in parts]
         for unit in units:
+            unit.varied = index in self._apart
+            unit.rule = self.rule(group, unit)
             values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.parameters if k in held}
             unit.take({k: v for k, v in values.items() if v})
         for unit in units:
@@ -367,7 +400,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for k in unit.parameters:
                 unit.shown[k].update({n: x for n, x in held.get(k, {}).items() if n in EMA})
                 self.state[owners[k]] = unit.shown[k]
-        return self._key(group), units
+        return units
 
     def _unit(self, group: dict[str, Any], leaves: Leaves, double: bool, held: dict[str, Any], index: int) -> Unit:
         tx, policy = self.transform(group), group["nonfinite"]
@@ -541,7 +574,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
-            super().__setstate__({"_unseeded": False, **state, "_units": {}, "_apart": set(), "_pairs": {}, "_new": []})
+            own = {"_units": {}, "_apart": set(), "_pairs": {}, "_new": [], "_graphs": deque(maxlen=_KEPT)}
+            super().__setstate__({"_unseeded": False, **state, **own})
             return
         groups = [
             checkpoint.merged(mine, loaded, f"param_groups[{i}]")
@@ -553,7 +587,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if any(self.state.get(p) for p in group["params"]):
                 built = self._built(i, group)  # raises for a state that does not fit
                 # Which small leaves can be joined is known at the first step, when there are gradients.
-                self._units[i] = (None, built[1]) if self.transform(group).elementwise else built
+                self._units[i] = None if self.transform(group).elementwise else self._key(group), built
 
 
 utils.StatefulOptimizer = StatefulOptimizer
@@ -572,8 +606,3 @@ def consumes(group: Mapping[str, Any]) -> bool:
     """Whether a step clears the gradients of a group."""
     said = group.get("consume_grad")
     return utils.consume_grad if said is None else bool(said)
-
-
-def trainable(group: Mapping[str, Any]) -> list[Tensor]:
-    """The parameters of a group that have a state."""
-    return [p for p in group["params"] if p.requires_grad or p.grad is not None]

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from enum import Enum
+from functools import partial
 from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from hbfunc import utils
 from hbfunc.exchange import whole
 from hbfunc.optim import guard
-from hbfunc.optim.compiled import Step, Writes, compiled, in_place_step, write
+from hbfunc.optim.compiled import Ready, Step, Writes, compiled, in_place_step, shared, usable, without_compiler, write
 from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.state import Place, adopt, empty_places, hyper_names, hyper_places, mapped, nested, places
 from hbfunc.transform import Leaves, RefreshSchedule, State, Transform, compute_dtype
+
+Taken = tuple[list[Tensor], list[Any], Sequence[Tensor]]  # parameters, gradients, products
+
+_PATTERNS = 8  # graphs for sets of parameters with gradients, where there is none with a mask
+_KEPT = 64  # steps and masks of one unit
+
+
+class Form(Enum):
+    """How a step is taken: in a graph of its own, in one with a mask, or without."""
+
+    OWN, MASKED, EAGER = range(3)
 
 
 class Unit:
@@ -35,6 +49,8 @@ class Unit:
         joined: Sequence[Joined] = (),
         nonfinite: str = "propagate",
     ) -> None:
+        # Whether a mask can stand for absent gradients. A skip of all is decided by all, but zeros have no say in it.
+        self.maskable = transform.leafwise and not transform.every_call
         transform = guard.guarded(transform, nonfinite)
         self.transform, self.paths, self.params = transform, list(leaves), list(leaves.values())
         self.parameters: dict[str, Tensor] = dict(leaves)  # those of the optimizer; `params` may stand in for them
@@ -46,8 +62,8 @@ class Unit:
         self.flat_paths, self.sources = list(flat), [source for _, source in seen.values()]
         self.joined = tuple(joined)
         state = transform.init(flat)
-        layout = {} if transform.layout is None else transform.layout(flat)
-        views = guard.views(state, layout, self.flat_paths, nonfinite)
+        self.layout = {} if transform.layout is None else transform.layout(flat)
+        views = guard.views(state, self.layout, self.flat_paths, nonfinite)
         for join in joined:
             views |= join.views(views.pop(join.path))
         self.views = {path: views[path] for path in self.paths}
@@ -72,9 +88,13 @@ class Unit:
         self.skeleton: State | None = None  # the state as a schedule sees it
         self.counts: list[int] = []  # steps of each parameter, known to Python for the sake of refresh schedules
         self.counted: Callable[[], list[int]] | None = None  # reads them, where steps may be skipped
-        self.steps: dict[Any, Step] = {}
         self.flushing = False  # whether this step applies what the transform has gathered
-        self.tried: set[Any] = set()  # keys of the steps that have run, or been rehearsed
+        self.rule: Hashable | None = None  # equal for units of equal transforms, if that is known
+        self.steps: dict[Any, Ready] = {}
+        self.varied = False  # sets of parameters with gradients are known to change
+        self.patterns: set[Any] = set()  # sets of parameters with gradients that have a graph of their own
+        self.masked = False  # whether others have had one with a mask
+        self.masks: dict[tuple[int, ...], Tensor] = {}
         self.pending: Writes | None = None  # what a rehearsal has computed
 
     def shown_in(self, alive: set[int]) -> bool:
@@ -127,7 +147,8 @@ class Unit:
     @property
     def is_meta(self) -> bool:
         """Whether the parameters have no values."""
-        return next(iter(self.parameters.values())).is_meta
+        p = next(iter(self.parameters.values()))
+        return p.is_meta or isinstance(p, FakeTensor)
 
     def present(self) -> tuple[int, ...]:
         """Numbers of the parameters that have a gradient."""
@@ -147,37 +168,108 @@ class Unit:
         rehearse: write nothing, but raise what the step would. Without compilation everything is computed, and kept for
         the step itself; a graph that has not run yet is compiled, and runs on copies.
         """
-        mode = utils.compile_mode if compile_step else None
+        mode = usable(utils.compile_mode if compile_step else None)
+        try:
+            self._step(refresh, products, mode, rehearse)
+        except Exception as error:
+            if mode is None or not without_compiler(error):
+                raise
+            self._step(refresh, products, None, rehearse)  # a failed compilation has written nothing
+
+    def _step(
+        self, refresh: bool | str | None, products: Sequence[Tensor] | None, mode: str | None, rehearse: bool
+    ) -> None:
         present = self.present()
         having = set(present)
         given = [i for i, s in enumerate(self.sources) if (s if isinstance(s, int) else s.numbers[0]) in having]
-        key = tuple(given), refresh, products is None, self.flushing, mode, utils.dynamic
+        pattern = tuple(given), tuple([p.requires_grad for p in self.params])  # a graph is made for these flags, too
+        form = Form.OWN if mode is None else self._form(pattern)
+        if form is Form.EAGER:
+            mode = None
+        key: tuple[Any, ...] = pattern, refresh, products is None, self.flushing, mode, utils.dynamic
+        late = refresh is None and "refresh" in self.transform.needs  # the graph that decides is the one with a mask
+        masked = form is Form.MASKED or (form is Form.OWN and late and self.masked and key not in self.steps)
+        if masked:
+            key = None, refresh if products is not None else None, *key[2:]
         if key not in self.steps:
-            at, extras, curved = list(self.tensors), self._extras(refresh), products is not None
-            step = in_place_step(self.transform, self.flat_paths, given, at, extras, curved, mode is None, self.empty)
-            self.steps[key] = compiled(step, mode, utils.dynamic, self.params[0].device)
+            if len(self.steps) >= _KEPT:
+                del self.steps[next(iter(self.steps))]
+            self.steps[key] = self._prepared(key, range(len(self.sources)) if masked else given)
+        ready, keep = self.steps[key], mode is None
+        taken = partial(self._taken_all if masked else self._taken, given, products or ())
         if rehearse:
-            if mode is None or key not in self.tried:
-                self._rehearse(self.steps[key], given, products or (), keep=mode is None)
-            self.tried.add(key)
+            if keep or not ready.tried:
+                self._rehearse(ready.step, taken, keep)
+            ready.tried = True
             return
-        if mode is None or key in self.tried:
-            self._run(self.steps[key], given, products or ())
+        if keep or ready.tried:
+            self._run(ready.step, taken, given)
         else:
             with interruptible():  # a long compilation, before the first write
-                self._run(self.steps[key], given, products or ())
-            self.tried.add(key)
+                self._run(ready.step, taken, given)
+            ready.tried = True
         if self.counted:
             self.counted = guard.later(torch.stack(self._count_tensors()))
         elif self.counts:
             for i in present:
                 self.counts[i] += 1
 
-    def _run(self, step: Step, given: Sequence[int], products: Sequence[Tensor]) -> None:
+    def _form(self, pattern: tuple[Any, ...]) -> Form:
+        """How a set of parameters with gradients is stepped in a graph: the first one has its own, as has that of all
+        of them, and the others one with a mask; without masks, those after the first few have none."""
+        if pattern in self.patterns:
+            return Form.OWN
+        complete = len(pattern[0]) == len(self.sources) and all(pattern[1])
+        if not complete and (self.patterns or self.varied):
+            self.masked = self.maskable
+        if complete or (not self.masked and len(self.patterns) < _PATTERNS):
+            self.patterns.add(pattern)
+            return Form.OWN
+        return Form.MASKED if self.masked else Form.EAGER
+
+    def _prepared(self, key: tuple[Any, ...], given: Sequence[int]) -> Ready:
+        """The step for a key of `steps`, from a unit that is alike if there is one."""
+        pattern, refresh, plain, _, mode, dynamic = key
+        extras, device = self._extras(refresh), self.params[0].device
+
+        def make() -> Ready:
+            step = in_place_step(
+                self.transform,
+                self.flat_paths,
+                list(given),
+                list(self.tensors),
+                extras,
+                curvature=not plain,
+                deferred=mode is None,
+                empty=self.empty,
+                masked=self.layout if pattern is None else None,
+            )
+            return Ready(compiled(step, mode, dynamic, device))
+
+        alike = None if mode is None else self._alike()
+        return make() if alike is None else shared((alike, key), make)
+
+    def _alike(self) -> Hashable | None:
+        """Equal for units whose graphs are the same. None: it is not known when they are."""
+        if self.rule is None:
+            return None
+        names: dict[str, Any] = {path: path for path in self.flat_paths}
+        if self.transform.elementwise:  # it does not know what leaves are called
+            names = {path: i for i, path in enumerate(self.flat_paths)}
+        at = [tuple(names.get(key, key) for key in place) for place in (*self.tensors, *self.empty)]
+        like = [_form_of(x) for x in (*self._flat().values(), *self.tensors.values())]
+        return self.rule, tuple(names.values()), tuple(at), tuple(like)
+
+    def _flat(self) -> dict[str, Tensor]:
+        """What the transform sees of the parameters, without values for those that are joined."""
+        leaves = [s.flat if isinstance(s, Joined) else self.params[s] for s in self.sources]
+        return dict(zip(self.flat_paths, leaves, strict=True))
+
+    def _run(self, step: Step, taken: Callable[[], Taken], given: Sequence[int]) -> None:
         try:
             if self.pending is None:
-                params, grads = self._taken(given)
-                self.pending = step(params, grads, list(self.tensors.values()), products)
+                params, grads, more = taken()
+                self.pending = step(params, grads, list(self.tensors.values()), more)
             write(self.pending or ())
             for source in self.sources if self.transform.every_call else (self.sources[i] for i in given):
                 if isinstance(source, Joined):
@@ -185,20 +277,41 @@ class Unit:
         finally:
             self.forget()
 
-    def _rehearse(self, step: Step, given: Sequence[int], products: Sequence[Tensor], keep: bool) -> None:
-        params, grads = self._taken(given)
+    def _rehearse(self, step: Step, taken: Callable[[], Taken], keep: bool) -> None:
+        params, grads, more = taken()
         tensors = list(self.tensors.values())
         if keep:
-            self.pending = step(params, grads, tensors, products)
+            self.pending = step(params, grads, tensors, more)
         else:
             with suppress(torch.OutOfMemoryError):  # copies need more of it than the step itself
-                step(list(map(_copy, params)), grads, list(map(_copy, tensors)), products)
+                step(list(map(_copy, params)), grads, list(map(_copy, tensors)), more)
             self.forget()
 
-    def _taken(self, given: Sequence[int]) -> tuple[list[Tensor], list[Any]]:
+    def _taken(self, given: Sequence[int], products: Sequence[Tensor]) -> Taken:
         params = [s.take_params() if isinstance(s, Joined) else self.params[s] for s in self.sources]
         sources = [self.sources[i] for i in given]
-        return params, [s.take_grads() if isinstance(s, Joined) else self.params[s].grad for s in sources]
+        grads = [s.take_grads() if isinstance(s, Joined) else self.params[s].grad for s in sources]
+        return params, grads, products
+
+    def _taken_all(self, given: Sequence[int], products: Sequence[Tensor]) -> Taken:
+        """For a graph with a mask, in which every parameter has a gradient. A place in memory will do for one that is
+        not looked at; not that of a parameter, for which torch.compile would make another graph."""
+        params, there, _ = self._taken(given, ())
+        params = [p.detach() for p in params]  # whether some require grad now is nothing that it should look at
+        missing = [p for i, p in enumerate(params) if i not in set(given)]
+        blank = iter(_blanks(missing))
+        known = dict(zip(given, there, strict=True))
+        grads = [known[i] if i in known else next(blank) for i in range(len(params))]
+        more = list(products)
+        if products:
+            blank, known = iter(_blanks(missing)), dict(zip(given, products, strict=True))
+            more = [known[i] if i in known else next(blank) for i in range(len(params))]
+        if tuple(given) not in self.masks:
+            if len(self.masks) >= _KEPT:
+                self.masks.clear()
+            flags = [i in known for i in range(len(params))]
+            self.masks[tuple(given)] = torch.tensor(flags, device=params[0].device)
+        return params, grads, [*more, self.masks[tuple(given)]]
 
     def forget(self) -> None:
         """Free what a step or its rehearsal held."""
@@ -270,6 +383,21 @@ class Unit:
     def _extras(self, refresh: bool | str | None) -> dict[str, Any]:
         extras = {"refresh": refresh, "flush": self.flushing}
         return {k: x for k, x in extras.items() if k in self.transform.needs}
+
+
+def _form_of(x: Tensor) -> tuple[Any, ...]:
+    """What torch.compile makes a graph for."""
+    return x.shape, x.stride(), x.dtype, x.device, type(x)
+
+
+def _blanks(like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of the same form, without values, that share one piece of memory."""
+    sizes: dict[torch.dtype, int] = {}
+    for x in like:
+        sizes[x.dtype] = max(sizes.get(x.dtype, 0), x.numel())
+    memory = {dtype: torch.empty(n, dtype=dtype, device=like[0].device) for dtype, n in sizes.items()}
+    dense = [torch.empty_like(x, device="meta").stride() for x in like]
+    return [memory[x.dtype].as_strided(x.shape, strides) for x, strides in zip(like, dense, strict=True)]
 
 
 def _copy(x: Tensor) -> Tensor:

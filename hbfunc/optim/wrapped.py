@@ -7,6 +7,8 @@ optimizer = MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfu
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,17 +69,12 @@ class FromTransform(Averaging, WithCurvature):
         return group["transform"]
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The parameters that have a state, and the transform."""
-        return tuple(map(id, self.members(group))), group["foreach"], group["transform"]
+        """The transform, and whether it sees one parameter at a time."""
+        return group["foreach"], group["transform"]
 
-    def members(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters of a group that have a state: of a transform that may move them without a gradient, those that
-        had one before they were frozen, too."""
-        found = super().members(group)
-        if len(found) < len(group["params"]) and self.transform(group).every_call:
-            known = set(map(id, found))
-            return [p for p in group["params"] if id(p) in known or self.state.get(p)]
-        return found
+    def rule(self, group: dict[str, Any], unit: Unit) -> Hashable | None:
+        """The transform itself."""
+        return group["transform"].update, group["nonfinite"]
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """The value in a param group of a hyperparameter of the state."""
@@ -140,6 +137,7 @@ class FromTransform(Averaging, WithCurvature):
             raise
 
 
+@lru_cache(maxsize=16)  # one for groups of one transform, which then share their graphs
 @remembered
 def with_lr(inner: Transform) -> Transform:
     """`inner` with a hyperparameter lr = 1 above: a factor of the learning rates inside, or of its updates if there are

@@ -7,14 +7,15 @@ class Lion(RecipeOptimizer, recipe=lion):
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hbfunc import utils
 from hbfunc.chainable.optimizers import BaseOpt
-from hbfunc.optim.shim import StatefulOptimizer, trainable, use_default
+from hbfunc.optim.shim import StatefulOptimizer, use_default
+from hbfunc.optim.unit import Unit
 from hbfunc.transform import Transform, plain
 
 # What a class takes from `hbfunc.utils` when it steps, and what only derivatives of a functional step know.
@@ -105,12 +106,20 @@ class RecipeOptimizer(BaseOpt):
         super().add_param_group(param_group)
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What shapes the graph of a group: its trainable parameters, and every option that is not a number."""
+        """What shapes the graph of a group besides its parameters: every option that is not a number."""
         options = self.options(group)
         choices = {k: _choice(v, self.options_of_recipe[k].default) for k, v in options.items()}
         if isinstance(options.get("betas"), (tuple, list)):
             choices["betas"] = [_choice(beta, 0.0) for beta in options["betas"]]
-        return tuple(map(id, trainable(group))), group["foreach"], choices
+        return group["foreach"], choices
+
+    def rule(self, group: dict[str, Any], unit: Unit) -> Hashable | None:
+        """The recipe with its options, less those that are numbers of the state."""
+        options = self.options(group)
+        options |= {f"beta{i}": beta for i, beta in enumerate(options.pop("betas", ()), 1)}
+        fixed = {k: v for k, v in options.items() if k not in unit.names.values()}
+        found = type(self).recipe, group["nonfinite"], tuple([(k, type(v), v) for k, v in sorted(fixed.items())])
+        return None if any(isinstance(v, Tensor) for v in fixed.values()) or not _hashable(found) else found
 
 
 def _signature(cls: type[RecipeOptimizer]) -> inspect.Signature:
@@ -135,6 +144,14 @@ def _signature(cls: type[RecipeOptimizer]) -> inspect.Signature:
 def _has_attribute(cls: type, name: str) -> bool:
     """Whether a class attribute of that name is the default of an option."""
     return any(name in vars(base) for base in cls.__mro__ if issubclass(base, StatefulOptimizer))
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def _choice(value: Any, default: Any) -> Any:
