@@ -574,7 +574,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
-            own = {"_units": {}, "_apart": set(), "_pairs": {}, "_new": [], "_graphs": deque(maxlen=_KEPT)}
+            own: dict[str, Any] = {
+                "_units": {},
+                "_apart": set(),
+                "_pairs": {},
+                "_new": [],
+                "_graphs": deque(maxlen=_KEPT),
+            }
             super().__setstate__({"_unseeded": False, **state, **own})
             return
         groups = [
