@@ -7,7 +7,7 @@ recompile nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from hbfunc import nonfinite, random, utils
 from hbfunc.autocast import in_own_precision
@@ -250,6 +251,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         try:
             for unit, decision, product in steps:
                 self.advance(unit, decision, product, rehearse=True)
+            if any(turns([p for unit, *_ in steps for p in unit.parameters.values()])):
+                for unit, *_ in steps:  # what one of them writes is what another begins with
+                    unit.forget()
         except BaseException:
             for unit, *_ in steps:
                 unit.abandon()
@@ -323,8 +327,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _key(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What the units of a group were made for: which parameters, of how many, and what shapes their graphs."""
-        ids = tuple([id(p) for p in self.members(group)])
-        return ids, len(group["params"]), group["nonfinite"], self.structure(group)
+        members = self.members(group)
+        shared = turns(members)
+        ids = tuple(map(id, members))
+        return ids, len(group["params"]), shared if any(shared) else (), group["nonfinite"], self.structure(group)
 
     def members(self, group: dict[str, Any]) -> list[Tensor]:
         """The parameters of a group that have a state, or are to have one. Whoever has one stays, also when it is
@@ -387,6 +393,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
         else:
             devices = dict.fromkeys(p.device for _, p in leaves)  # tensors of one graph are on one device
             parts = [[leaf for leaf in leaves if leaf[1].device == device] for device in devices]
+            # Parameters in one place in memory are stepped one after the other.
+            numbered = [list(zip(turns([p for _, p in part]), part, strict=True)) for part in parts]
+            parts = [
+                [leaf for n, leaf in part if n == turn] for part in numbered for turn in sorted({n for n, _ in part})
+            ]
             if not group["foreach"]:
                 parts = [[leaf] for leaf in leaves]
             units = [self._unit(group, Leaves(part), double, held, index) for part in parts]
@@ -606,6 +617,26 @@ def _default_seed() -> int:
 def in_a_job() -> bool:
     """Whether this process is one of several of torch.distributed."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def turns(params: Sequence[Tensor]) -> tuple[int, ...]:
+    """For each parameter, how many before it begin at the same place in memory, as those that are tied by `.data`."""
+    places = [_place(p) for p in params]
+    if len(set(places)) == len(places):
+        return (0,) * len(places)
+    seen: Counter[Any] = Counter()
+    found = []
+    for place in places:
+        found.append(seen[place])
+        seen[place] += 1
+    return tuple(found)
+
+
+def _place(p: Tensor) -> Any:
+    """Where a parameter begins; one that has no memory here of its own is somewhere else than all others."""
+    if p.is_meta or isinstance(p, FakeTensor) or is_sharded(p) or p.numel() == 0:
+        return id(p), None
+    return p.data_ptr()
 
 
 def consumes(group: Mapping[str, Any]) -> bool:
