@@ -40,7 +40,8 @@ def launched(folder: Path, mode: str) -> tuple[dict, dict]:
             assert time.monotonic() < end, "the launch of the other worker has not ended"
             time.sleep(1)
     else:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        # Without MKL_CBWR, the last bits of a product depend on where in memory a matrix starts, on some CPUs.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MKL_CBWR": "AVX2"}
         command = [sys.executable, str(Path(distributed_workers.__file__))]
         ranks = [
             subprocess.Popen([*command, str(r), str(folder), mode], env=environment, stderr=subprocess.PIPE, text=True)
