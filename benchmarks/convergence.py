@@ -25,11 +25,11 @@ from torch import Tensor
 
 import hbfunc
 from hbfunc import sweep
+from hbfunc.leaves import Leaves
 from hbfunc.race import recipes as race
 from hbfunc.race.__main__ import spaced
 from hbfunc.race.tasks import TASKS
 from hbfunc.race.train import Plan, train
-from hbfunc.transform import Leaves
 from hbfunc.transforms import psgd, soap
 
 Params = dict[str, Tensor]

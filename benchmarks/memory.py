@@ -17,8 +17,8 @@ from step import DEFAULT_MODE, FIRST_ORDER, classes
 from torch.profiler import ProfilerActivity, profile
 
 import hbfunc
+from hbfunc.leaves import Leaves
 from hbfunc.optim.state import places
-from hbfunc.transform import Leaves
 
 COLUMNS: dict[str, list[Shape]] = {
     "vector": [(4096,)],

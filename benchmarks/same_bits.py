@@ -4,8 +4,8 @@
     python benchmarks/same_bits.py /tmp/before
 
 Runs in both checkouts, each in a process of its own: every row of the other's conformance table as a functional
-transform, and every documented class, for ten steps, eagerly and traced (aot_eager). Parameters and updates are compared
-bit for bit, and checkpoints of the other's classes are loaded and continued here.
+transform, and every documented class, for ten steps, eagerly and traced (aot_eager). Parameters and updates are
+compared bit for bit, and checkpoints of the other's classes are loaded and continued here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,15 @@ def main() -> None:
         found = []
         for tree in (options.other.resolve(), here):
             out = Path(folder) / f"{len(found)}.pt"
-            command = [sys.executable, __file__, str(options.other.resolve()), "--run", str(out), "--only", options.only]
+            command = [
+                sys.executable,
+                __file__,
+                str(options.other.resolve()),
+                "--run",
+                str(out),
+                "--only",
+                options.only,
+            ]
             command += ["--modes", *options.modes] + (["--checkpoints", f"{folder}/0.pt"] if found else [])
             subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}, check=True)
             found.append(torch.load(out))
@@ -139,7 +147,10 @@ def stateful(name: str, checkpoints: dict[str, Any], key: str) -> list[torch.Ten
     for t in range(1, STEPS + 1):
         step(optimizer, params, t)
         found += [p.detach().clone() for p in params.values()]
-    checkpoints[key] = {"optimizer": optimizer.state_dict(), "params": {k: p.detach().clone() for k, p in params.items()}}
+    checkpoints[key] = {
+        "optimizer": optimizer.state_dict(),
+        "params": {k: p.detach().clone() for k, p in params.items()},
+    }
     return found
 
 

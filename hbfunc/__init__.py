@@ -15,6 +15,7 @@ from hbfunc.combinators import (
     with_ema,
     with_hyperparameters,
 )
+from hbfunc.contract import Transform, apply_updates, chain, stateless, transform
 from hbfunc.nonfinite import apply_if_finite, apply_to_finite_leaves, skipped_steps
 from hbfunc.optim.wrapped import FromTransform
 from hbfunc.optimizers.adam import (
@@ -61,7 +62,6 @@ from hbfunc.optimizers.soap import (
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.presence import with_presence
 from hbfunc.schedules import palm_beta2, warmup
-from hbfunc.transform import Transform, apply_updates, chain, stateless, transform
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
 from hbfunc.transforms.clipping import (
     a_law_compress,

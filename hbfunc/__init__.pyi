@@ -30,6 +30,11 @@ from hbfunc.combinators import masked as masked
 from hbfunc.combinators import partition as partition
 from hbfunc.combinators import with_ema as with_ema
 from hbfunc.combinators import with_hyperparameters as with_hyperparameters
+from hbfunc.contract import Transform as Transform
+from hbfunc.contract import apply_updates as apply_updates
+from hbfunc.contract import chain as chain
+from hbfunc.contract import stateless as stateless
+from hbfunc.contract import transform as transform
 from hbfunc.nonfinite import apply_if_finite as apply_if_finite
 from hbfunc.nonfinite import apply_to_finite_leaves as apply_to_finite_leaves
 from hbfunc.nonfinite import skipped_steps as skipped_steps
@@ -39,13 +44,9 @@ from hbfunc.optimizers.partitioned import embeddings_and_head as embeddings_and_
 from hbfunc.optimizers.partitioned import matrices_to as matrices_to
 from hbfunc.precision import round_to_parameters as round_to_parameters
 from hbfunc.precision import with_storage as with_storage
+from hbfunc.presence import with_presence as with_presence
 from hbfunc.schedules import palm_beta2 as palm_beta2
 from hbfunc.schedules import warmup as warmup
-from hbfunc.transform import Transform as Transform
-from hbfunc.transform import apply_updates as apply_updates
-from hbfunc.transform import chain as chain
-from hbfunc.transform import stateless as stateless
-from hbfunc.transform import transform as transform
 from hbfunc.transforms.adaptive import scale_by_adam as scale_by_adam
 from hbfunc.transforms.adaptive import scale_by_adopt as scale_by_adopt
 from hbfunc.transforms.adaptive import scale_by_exp_avg_sq as scale_by_exp_avg_sq

@@ -8,37 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbfunc.forms import short
-from hbfunc.nonfinite import select
-from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
-from hbfunc.transform import (
+from hbfunc.contract import (
     NOTHING,
-    Flat,
-    Layout,
-    Leaves,
     RefreshSchedule,
-    State,
     Transform,
-    Tree,
     apply_updates,
     chain,
-    check_int,
-    check_number,
-    compute_dtype,
-    flat_params,
-    flatten,
-    in_dtype_of,
-    kept,
     made_steps,
     parallel,
     remembered,
     select_leaves,
     transform,
-    truth,
     update_present,
     wrap,
+)
+from hbfunc.forms import short
+from hbfunc.leaves import (
+    Flat,
+    Layout,
+    Leaves,
+    State,
+    Tree,
+    compute_dtype,
+    flat_params,
+    flatten,
+    in_dtype_of,
+    kept,
     zeros,
 )
+from hbfunc.nonfinite import select
+from hbfunc.ranges import check_int, check_number, truth
+from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transforms.adaptive import ema
 
 

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hbfunc.contract import Transform
 from hbfunc.forms import short
+from hbfunc.leaves import Leaves
 from hbfunc.linalg import kron
 from hbfunc.optim.state import per_parameter
 from hbfunc.optimizers.adam import adamw, adopt, laprop, rmsprop
@@ -28,7 +30,6 @@ from hbfunc.optimizers.muon import muon
 from hbfunc.optimizers.psgd import psgd_kron
 from hbfunc.optimizers.schedule_free import sfadamw
 from hbfunc.optimizers.soap import soap
-from hbfunc.transform import Leaves, Transform
 
 Entries = dict[str, Any]
 

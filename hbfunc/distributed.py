@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.buckets import matrix_shape
+from hbfunc.contract import Transform, wrap
 from hbfunc.exchange import (
     Exchange,
     Spec,
@@ -31,7 +32,7 @@ from hbfunc.exchange import (
     placed_like,
     ranks_of,
 )
-from hbfunc.transform import Flat, Leaves, State, Transform, compute_dtype, wrap
+from hbfunc.leaves import Flat, Leaves, State, compute_dtype
 
 Place = tuple[str, ...]
 

@@ -16,20 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.contract import NOTHING, Transform, remembered, select_leaves, wrap
 from hbfunc.exchange import hold_everywhere, is_sharded, local
+from hbfunc.leaves import Flat, Leaves, State, kept
+from hbfunc.ranges import check_int
 from hbfunc.schedules import count_zeros
-from hbfunc.transform import (
-    NOTHING,
-    Flat,
-    Leaves,
-    State,
-    Transform,
-    check_int,
-    kept,
-    remembered,
-    select_leaves,
-    wrap,
-)
 
 POLICIES = ("propagate", "skip", "skip_leaf", "raise")
 SKIPPED = "skipped"  # the entry of both states that counts

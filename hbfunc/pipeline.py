@@ -23,10 +23,11 @@ from torch import Tensor
 
 from hbfunc.combinators import caution as caution_
 from hbfunc.combinators import mars_correction, with_hyperparameters
+from hbfunc.contract import Transform, chain, remembered
 from hbfunc.forms import short
 from hbfunc.precision import round_to_parameters, with_storage
+from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, after_first, palm_beta2, warmup
-from hbfunc.transform import Transform, chain, check_number, remembered
 from hbfunc.transforms.clipping import Clip, clip_by
 from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 

@@ -13,21 +13,12 @@ import torch
 from torch import Tensor
 
 from hbfunc import random
+from hbfunc.contract import Transform, remembered, transform, wrap
 from hbfunc.exchange import on_shards
+from hbfunc.leaves import Flat, Leaves, State, compute_dtype, kept
 from hbfunc.opaque import materialize
+from hbfunc.ranges import check_choice
 from hbfunc.schedules import count_zeros, increment
-from hbfunc.transform import (
-    Flat,
-    Leaves,
-    State,
-    Transform,
-    check_choice,
-    compute_dtype,
-    kept,
-    remembered,
-    transform,
-    wrap,
-)
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.contract import Transform, wrap
+from hbfunc.leaves import Flat, Layout, Leaves, State, Tree, flatten
 from hbfunc.nonfinite import NOTHING, select_leaves
-from hbfunc.transform import Flat, Layout, Leaves, State, Transform, Tree, flatten, wrap
 
 
 def with_presence(inner: Transform) -> Transform:

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hbfunc.leaves import Flat, on_device_of
 from hbfunc.opaque import materialize
-from hbfunc.transform import Flat, check_number, on_device_of, plain
+from hbfunc.ranges import check_number, plain
 
 Schedule = Callable[[Tensor], Tensor]
 Number = float | Tensor | Schedule

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from hbfunc.buckets import Bucket
+from hbfunc.contract import Transform, by_device, transform
 from hbfunc.distributed import on_owners
-from hbfunc.transform import Flat, Layout, State, Transform, by_device, transform
+from hbfunc.leaves import Flat, Layout, State
 
 Rows = tuple[int, ...] | None  # numbers of rows, None for all of them
 

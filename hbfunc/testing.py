@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from hbfunc.contract import Transform, apply_updates
 from hbfunc.forms import short
-from hbfunc.transform import State, Transform, Tree, apply_updates, flat_params
+from hbfunc.leaves import State, Tree, flat_params
 
 Params = dict[str, Tensor]
 Grads = Mapping[str, Tensor | None]

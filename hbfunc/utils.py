@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hbfunc.combinators import caution as caution_
-from hbfunc.transform import apply_updates, chain
+from hbfunc.contract import apply_updates, chain
 from hbfunc.transforms import clipping
 from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hbfunc
-from hbfunc.transform import Transform
+from hbfunc.contract import Transform
 
 MATRIX, VECTOR = torch.eye(3) + 1, torch.ones(3)
 

@@ -21,7 +21,7 @@ from test_precision import assert_between
 from torch import Tensor
 
 import hbfunc
-from hbfunc.transform import Transform, made_steps
+from hbfunc.contract import Transform, made_steps
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]

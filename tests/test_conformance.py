@@ -16,8 +16,9 @@ from conformance import TABLE, Row
 
 import hbfunc
 import hbfunc.pipeline
+from hbfunc.contract import Transform, transform
+from hbfunc.leaves import State, kept
 from hbfunc.testing import PROPERTIES, case, check
-from hbfunc.transform import State, Transform, kept, transform
 
 APPLICABLE = [(row, name) for row in TABLE for name in PROPERTIES if name not in row.without]
 

@@ -199,3 +199,17 @@ def test_signatures_of_the_composition_api():
 
 def test_what_editors_know_is_what_there_is():
     assert stubs.PATH.read_text() == stubs.stub(), "run: python tests/stubs.py"
+
+
+def test_a_module_is_called_what_it_is():
+    """No function of a package has the name of one of its modules, which would hide it from `import a.b as b`."""
+    import importlib
+    import pkgutil
+    import types
+
+    for found in pkgutil.walk_packages(hbfunc.__path__, "hbfunc."):
+        if not found.name.endswith(("__main__", "lightning")):
+            module = importlib.import_module(found.name)
+            package, _, name = found.name.rpartition(".")
+            assert isinstance(getattr(importlib.import_module(package), name), types.ModuleType), found.name
+            assert getattr(importlib.import_module(package), name) is module

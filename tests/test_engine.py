@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import hbfunc
+from hbfunc.contract import transform
+from hbfunc.leaves import compute_dtype, flatten, kept
 from hbfunc.schedules import ema_weight, per_leaf
-from hbfunc.transform import compute_dtype, flatten, kept, transform
 from hbfunc.transforms import clipping
 
 

@@ -15,9 +15,9 @@ import torch
 
 import hbfunc
 from hbfunc import random, utils
+from hbfunc.leaves import State
 from hbfunc.precision import round_each
 from hbfunc.schedules import palm_beta2, warmup
-from hbfunc.transform import State
 from hbfunc.transforms import psgd, soap
 
 FILE = Path(__file__).parents[1] / "benchmarks/long_run.py"

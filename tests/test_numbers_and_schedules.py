@@ -16,8 +16,8 @@ from test_steps_and_rounding import draw
 from torch import Tensor
 
 import hbfunc
+from hbfunc.contract import Transform
 from hbfunc.pipeline import RANGES
-from hbfunc.transform import Transform
 
 FACTORIES = ("adamw", "laprop", "adopt", "rmsprop", "sfadamw", "muon", "muon_laprop", "soap", "psgd_kron")
 CLASSES = {name: getattr(hbfunc, name) for name in hbfunc.__all__ if isinstance(getattr(hbfunc, name), type)}

@@ -367,7 +367,8 @@ def test_a_step_that_raises_leaves_everything_as_it_was(name, steps):
 
 def test_a_rule_may_hand_on_an_entry_of_its_state():
     """previous <- current, current <- g: written in place in the wrong order, both would be g."""
-    from hbfunc.transform import kept, transform, zeros
+    from hbfunc.contract import transform
+    from hbfunc.leaves import kept, zeros
 
     def init(params):
         return {"previous": zeros(params), "current": zeros(params), "p": zeros(params)}

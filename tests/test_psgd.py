@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hbfunc
 from hbfunc import random
+from hbfunc.leaves import flat_params
 from hbfunc.linalg import kron
-from hbfunc.transform import flat_params
 from hbfunc.transforms.psgd import probe, refresh_schedule, scale_by_psgd
 
 F64 = torch.float64

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 import hbfunc
-from hbfunc.transform import flat_params
+from hbfunc.leaves import flat_params
 from hbfunc.transforms.soap import refresh_probability, refresh_schedule, scale_by_soap
 
 F64 = torch.float64

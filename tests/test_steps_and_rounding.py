@@ -11,7 +11,7 @@ from test_precision import assert_between
 from torch import Tensor
 
 import hbfunc
-from hbfunc.transform import Transform, made_steps
+from hbfunc.contract import Transform, made_steps
 
 Wrapper = Callable[[Transform], Transform]
 BF16 = torch.bfloat16

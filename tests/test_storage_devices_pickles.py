@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hbfunc
 import hbfunc.testing
-from hbfunc.transform import Transform, remembered
+from hbfunc.contract import Transform, remembered
 
 BF16 = torch.bfloat16
 

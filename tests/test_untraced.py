@@ -147,7 +147,7 @@ def test_other_errors_of_a_compilation_are_not_hidden(monkeypatch):
 def contrib(name):
     """A user's module, with a global that its rule looks at."""
     module = types.ModuleType(name)
-    source = "from hbfunc.transform import stateless\nSCALE = 1.0\n"
+    source = "from hbfunc.contract import stateless\nSCALE = 1.0\n"
     source += "def rule():\n    return stateless('mine', lambda u: u * SCALE, elementwise=True)\n"
     exec(compile(source, f"{name}.py", "exec"), module.__dict__)
     sys.modules[name] = module

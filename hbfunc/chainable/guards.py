@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hbfunc.chainable.sides import both_sides_in_place
+from hbfunc.leaves import compute_dtype
 from hbfunc.precision import STORAGE
-from hbfunc.transform import compute_dtype
 
 StateOf = Callable[[Tensor], dict[str, Any]]
 Group = dict[str, Any]

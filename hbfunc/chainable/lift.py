@@ -23,19 +23,9 @@ from hbfunc.chainable.parts import Flat, Function, Part, first_entries, outcome,
 from hbfunc.chainable.rules import Face, ScheduleFreeFace, UpdateBy, decayed
 from hbfunc.chainable.sides import select
 from hbfunc.combinators import with_hyperparameters
+from hbfunc.contract import RefreshSchedule, Transform, chain, remembered, transform, wrap
+from hbfunc.leaves import Leaves, State, compute_dtype, kept
 from hbfunc.schedules import at, count_zeros, increment, palm_beta2
-from hbfunc.transform import (
-    Leaves,
-    RefreshSchedule,
-    State,
-    Transform,
-    chain,
-    compute_dtype,
-    kept,
-    remembered,
-    transform,
-    wrap,
-)
 
 Ending = Callable[[Face], list[Transform]]
 

@@ -16,14 +16,14 @@ from hbfunc.chainable.lift import Program, Run, joined, late, settled, split
 from hbfunc.chainable.parts import Function, parts_of
 from hbfunc.chainable.rules import Face, ScheduleFreeFace, agreeing, decayed, ending, palm_beta2
 from hbfunc.combinators import with_hyperparameters
+from hbfunc.contract import Transform
+from hbfunc.contract import chain as chain_
 from hbfunc.optim.averaged import TrainEval
 from hbfunc.optim.shim import StatefulOptimizer, use_default
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import before, check_flags, two_betas
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.schedules import warmup
-from hbfunc.transform import Transform
-from hbfunc.transform import chain as chain_
 from hbfunc.transforms import steps
 from hbfunc.transforms.clipping import clip_by
 

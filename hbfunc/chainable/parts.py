@@ -20,9 +20,9 @@ from hbfunc.chainable.guards import FunctionTransform, GeneralGuard, Group, Skip
 from hbfunc.chainable.rules import Face, palm_beta2
 from hbfunc.chainable.sides import both_sides, clones, untouched
 from hbfunc.forms import short
+from hbfunc.leaves import compute_dtype
 from hbfunc.schedules import at
 from hbfunc.schedules import palm_beta2 as palm_schedule
-from hbfunc.transform import compute_dtype
 
 Function = Callable[..., Any]
 Flat = dict[str, Tensor]

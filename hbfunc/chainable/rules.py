@@ -15,12 +15,13 @@ from torch import Tensor
 from hbfunc import utils
 from hbfunc.chainable.guards import FunctionTransform, Group, SkipUpdate, Tensors, entries_of
 from hbfunc.combinators import caution
+from hbfunc.contract import Transform
+from hbfunc.contract import chain as chain_
+from hbfunc.leaves import Leaves, compute_dtype
 from hbfunc.optim.state import adopt, per_parameter
 from hbfunc.precision import round_to_parameters
 from hbfunc.schedules import Decay, after_first
 from hbfunc.schedules import palm_beta2 as palm_schedule
-from hbfunc.transform import Leaves, Transform, compute_dtype
-from hbfunc.transform import chain as chain_
 from hbfunc.transforms import adaptive, momentum, orthogonal, psgd, soap, steps
 from hbfunc.transforms.schedule_free import schedule_free
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hbfunc.leaves import as_real
 from hbfunc.optim.shim import StatefulOptimizer
-from hbfunc.transform import as_real
 from hbfunc.transforms import schedule_free
 
 _NAMES = ("z", "weight_sum", "beta1")  # entries of the state of `schedule_free`

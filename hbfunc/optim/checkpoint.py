@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.contract import Transform
 from hbfunc.exchange import hold_everywhere, is_sharded, local, placed
 from hbfunc.forms import short
+from hbfunc.leaves import compute_dtype
 from hbfunc.optim.guard import COUNTERS
 from hbfunc.optim.options import option
 from hbfunc.optim.state import EMA
-from hbfunc.transform import Transform, compute_dtype
 
 _FUNCTION = "function "  # what state dicts have in place of one: this and its name
 _COUNTS = ("count", "ema_count", *COUNTERS)

@@ -17,9 +17,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import list_mode_options
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from hbfunc.contract import Transform
+from hbfunc.leaves import Layout, Leaves, compute_dtype
 from hbfunc.optim.state import Place, nested, places
 from hbfunc.presence import masked_update
-from hbfunc.transform import Layout, Leaves, Transform, compute_dtype
 
 Writes = list[tuple[Tensor, Tensor]]  # a buffer, and what is to be in it
 Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], "Writes | None"]

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
+from hbfunc.contract import Transform
+from hbfunc.leaves import Layout, State
 from hbfunc.nonfinite import POLICIES, SKIPPED, apply_if_finite, apply_to_finite_leaves
 from hbfunc.optim.state import Place, per_parameter
-from hbfunc.transform import Layout, State, Transform, check_choice
+from hbfunc.ranges import check_choice
 
 AGREED: Place = ("hyper", "finite")  # where a unit that skips steps is told that the others' gradients are finite
 COUNTERS = (SKIPPED, f"nonfinite.{SKIPPED}")  # names in `state[p]`; the second where the rule itself has the first

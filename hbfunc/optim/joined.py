@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbfunc.transform import Leaves, compute_dtype
+from hbfunc.leaves import Leaves, compute_dtype
 
 _SMALL = 1 << 15  # elements of a small leaf: beyond, copying would cost more than a loop of its own
 _SHARE = 0.05  # of a unit's elements may be joined: their copies are then 10% of the memory of the parameters

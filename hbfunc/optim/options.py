@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hbfunc.transform import Transform, plain
+from hbfunc.contract import Transform
+from hbfunc.ranges import plain
 
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _NO_OPTIONS = ("params", "param_names", "transform")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.buckets import matrix_shape
+from hbfunc.contract import Transform
 from hbfunc.exchange import (
     Exchange,
     Spec,
@@ -39,12 +40,12 @@ from hbfunc.exchange import (
     turn,
     whole,
 )
+from hbfunc.leaves import Leaves, compute_dtype
 from hbfunc.optim.guard import fitting, rule_of
 from hbfunc.optim.guard import views as views_of
 from hbfunc.optim.joined import Joined, joins
 from hbfunc.optim.state import Place, adopt, check, located, mapped, nested
 from hbfunc.optim.unit import Unit
-from hbfunc.transform import Leaves, Transform, compute_dtype
 
 Entries = dict[str, dict[str, Any]]  # path -> name -> tensor
 

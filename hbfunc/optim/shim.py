@@ -19,8 +19,10 @@ from torch._subclasses import FakeTensor
 
 from hbfunc import nonfinite, random, utils
 from hbfunc.autocast import in_own_precision
+from hbfunc.contract import Transform
 from hbfunc.exchange import is_sharded, local
 from hbfunc.forms import short
+from hbfunc.leaves import Leaves, as_real, check_dtype
 from hbfunc.optim import checkpoint, sharded
 from hbfunc.optim.compiled import Ready
 from hbfunc.optim.guard import guarded
@@ -31,7 +33,6 @@ from hbfunc.optim.state import EMA
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import check_flags, check_value
 from hbfunc.schedules import ema_weight
-from hbfunc.transform import Leaves, Transform, as_real, check_dtype
 from hbfunc.transforms.adaptive import ema
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbfunc.transform import Layout, State
+from hbfunc.leaves import Layout, State
 
 Place = tuple[str, ...]  # keys from the root of a state to one of its tensors
 EMA = ("ema", "ema_count")  # entries of `state[p]` that belong to the class, not to its transform

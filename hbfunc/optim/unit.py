@@ -14,13 +14,14 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from hbfunc import utils
+from hbfunc.contract import RefreshSchedule, Transform
 from hbfunc.exchange import whole
+from hbfunc.leaves import Leaves, State, compute_dtype
 from hbfunc.optim import guard
 from hbfunc.optim.compiled import Ready, Step, Writes, compiled, in_place_step, shared, usable, without_compiler, write
 from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.state import Place, adopt, empty_places, hyper_names, hyper_places, mapped, nested, places
-from hbfunc.transform import Leaves, RefreshSchedule, State, Transform, compute_dtype
 
 Taken = tuple[list[Tensor], list[Any], Sequence[Tensor]]  # parameters, gradients, products
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
+from hbfunc.contract import Transform, remembered, wrap
 from hbfunc.exchange import local
 from hbfunc.forms import short
+from hbfunc.leaves import Leaves, State
 from hbfunc.optim.averaged import Averaging
 from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optim.state import Place, hyper_names, hyper_places
 from hbfunc.optim.unit import Unit
-from hbfunc.transform import Leaves, State, Transform, check_number, remembered, wrap
+from hbfunc.ranges import check_number
 from hbfunc.transforms.schedule_free import holds_schedule_free
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hbfunc.contract import Transform
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import Betas, Clipping, around, like, number, recipe
 from hbfunc.schedules import Number
-from hbfunc.transform import Transform
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from hbfunc import utils
 from hbfunc.chainable.optimizers import BaseOpt
+from hbfunc.contract import Transform
 from hbfunc.optim.shim import StatefulOptimizer, use_default
 from hbfunc.optim.unit import Unit
-from hbfunc.transform import Transform, plain
+from hbfunc.ranges import plain
 
 # What a class takes from `hbfunc.utils` when it steps, and what only derivatives of a functional step know.
 _NOT_IN_CLASSES = ("caution_scaling", "orthogonalizer", "stop_gradient")

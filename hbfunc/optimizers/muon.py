@@ -8,11 +8,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from hbfunc.contract import Transform, chain
 from hbfunc.optimizers.adam import adamw
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import around, check_flags, like
 from hbfunc.schedules import Number
-from hbfunc.transform import Transform, chain
 from hbfunc.transforms.adaptive import scale_by_laprop
 from hbfunc.transforms.momentum import heavyball_momentum, nesterov_momentum
 from hbfunc.transforms.orthogonal import orthogonalize

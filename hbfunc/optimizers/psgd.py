@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hbfunc.contract import Transform, chain
 from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import Clipping, around, check_flags, recipe
 from hbfunc.schedules import Number
-from hbfunc.transform import Transform, chain
 from hbfunc.transforms.momentum import exp_avg
 from hbfunc.transforms.psgd import scale_by_psgd
 

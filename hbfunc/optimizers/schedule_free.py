@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from hbfunc.chainable.optimizers import ScheduleFree
+from hbfunc.contract import Transform
 from hbfunc.forms import short
 from hbfunc.optimizers.adam import rmsprop
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import around, like
 from hbfunc.schedules import Number
-from hbfunc.transform import Transform
 from hbfunc.transforms.adaptive import scale_by_exp_avg_sq
 from hbfunc.transforms.schedule_free import schedule_free
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hbfunc.contract import Transform
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import Betas, Clipping, around, check_flags, recipe
 from hbfunc.schedules import Number
-from hbfunc.transform import Transform
 from hbfunc.transforms.soap import scale_by_soap
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import hbfunc
 from hbfunc.chainable import ScheduleFree
+from hbfunc.contract import RefreshSchedule
 from hbfunc.optimizers.base import OPTIMIZERS, RecipeOptimizer
-from hbfunc.transform import RefreshSchedule
 
 LR = float | Tensor
 

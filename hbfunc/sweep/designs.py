@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hbfunc import random
 from hbfunc.forms import short
-from hbfunc.transform import check_number
+from hbfunc.ranges import check_number
 
 Design = dict[str, Tensor]
 Distribution = Callable[[Tensor], Tensor]

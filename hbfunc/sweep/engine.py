@@ -37,9 +37,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hbfunc import random
+from hbfunc.contract import Transform, apply_updates
+from hbfunc.leaves import Tree
 from hbfunc.sweep import designs, links, memory
 from hbfunc.sweep.results import Array, Results
-from hbfunc.transform import Transform, Tree, apply_updates
 
 Lane = dict[str, Any]
 Lanes = dict[str, Any]

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from hbfunc.contract import Transform
+from hbfunc.leaves import State, Tree
 from hbfunc.optim.state import Place, hyper_names, hyper_places, places
-from hbfunc.transform import State, Transform, Tree
 
 Names = dict[Any, dict[Any, Any]]
 Links = dict[str, Any]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hbfunc import random
-from hbfunc.transform import check_number
+from hbfunc.ranges import check_number
 
 Tensors = dict[str, Tensor]
 

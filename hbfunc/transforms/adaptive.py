@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hbfunc.contract import Transform, remembered, transform
 from hbfunc.forms import short
+from hbfunc.leaves import Leaves, State, in_dtype_of, kept, zeros
+from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, per_leaf
-from hbfunc.transform import Leaves, State, Transform, check_number, in_dtype_of, kept, remembered, transform, zeros
 
 
 def ema(average: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hbfunc.contract import Transform, remembered, stateless, transform
 from hbfunc.forms import short
-from hbfunc.transform import Leaves, State, Transform, check_number, remembered, stateless, transform
+from hbfunc.leaves import Leaves, State
+from hbfunc.ranges import check_number
 
 Clip = Callable[[list[Tensor]], list[Tensor]]
 

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from hbfunc.contract import Transform, remembered, transform
+from hbfunc.leaves import Leaves, State, kept, zeros
+from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, per_leaf
-from hbfunc.transform import Leaves, State, Transform, check_number, kept, remembered, transform, zeros
 from hbfunc.transforms.adaptive import ema
 
 

@@ -7,9 +7,11 @@ import math
 from torch import Tensor
 
 from hbfunc import buckets
+from hbfunc.contract import Transform, remembered
+from hbfunc.leaves import Leaves, State
 from hbfunc.linalg import polar
+from hbfunc.ranges import check_choice
 from hbfunc.stacks import matrix_rule
-from hbfunc.transform import Leaves, State, Transform, check_choice, remembered
 
 METHODS = ("newtonschulz", "polar_express", "svd", "qr")
 

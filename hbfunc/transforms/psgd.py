@@ -29,25 +29,15 @@ from torch import Tensor
 from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
+from hbfunc.contract import Transform, remembered
 from hbfunc.forms import short
+from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept
 from hbfunc.linalg import kron
 from hbfunc.precision import STORAGE, round_each
+from hbfunc.ranges import check_choice, check_int, check_number
 from hbfunc.schedules import Number, at, count_zeros, increment
 from hbfunc.stacks import layout as stacks_layout
 from hbfunc.stacks import matrix_rule, put, take, where
-from hbfunc.transform import (
-    Flat,
-    Layout,
-    Leaves,
-    State,
-    Transform,
-    check_choice,
-    check_int,
-    check_number,
-    compute_dtype,
-    kept,
-    remembered,
-)
 
 Curvature = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 

@@ -15,21 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.contract import Transform, by_device, remembered, transform
+from hbfunc.leaves import Leaves, State, Tree, compute_dtype, flat_params, in_dtype_of, kept
+from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
-from hbfunc.transform import (
-    Leaves,
-    State,
-    Transform,
-    Tree,
-    by_device,
-    check_number,
-    compute_dtype,
-    flat_params,
-    in_dtype_of,
-    kept,
-    remembered,
-    transform,
-)
 
 
 @remembered

@@ -20,26 +20,15 @@ from torch import Tensor
 from hbfunc import buckets, random
 from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
+from hbfunc.contract import RefreshSchedule, Transform, remembered
 from hbfunc.forms import short
+from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept
 from hbfunc.linalg import eigenbasis as bases
 from hbfunc.opaque import materialize
+from hbfunc.ranges import check_choice, check_int, check_number
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment
 from hbfunc.stacks import Rows, along, matrix_rule, put, take
 from hbfunc.stacks import layout as stacks_layout
-from hbfunc.transform import (
-    Flat,
-    Layout,
-    Leaves,
-    RefreshSchedule,
-    State,
-    Transform,
-    check_choice,
-    check_int,
-    check_number,
-    compute_dtype,
-    kept,
-    remembered,
-)
 from hbfunc.transforms.adaptive import check_adam, denominator, ema
 
 Stacks = dict[str, Tensor]  # of one bucket: exp_avg and exp_avg_sq [k, *shape], GG_d and Q_d [k, n, n] of some modes d

@@ -7,19 +7,10 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from hbfunc.contract import Transform, remembered, stateless, transform
+from hbfunc.leaves import Leaves, State, compute_dtype, in_dtype_of, kept
+from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
-from hbfunc.transform import (
-    Leaves,
-    State,
-    Transform,
-    check_number,
-    compute_dtype,
-    in_dtype_of,
-    kept,
-    remembered,
-    stateless,
-    transform,
-)
 
 
 @remembered

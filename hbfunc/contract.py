@@ -16,23 +16,29 @@ a flat dict from path to tensor (`Leaves`), for instance "layer.0.weight", and a
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, cast
 
-import numpy as np
-import optree
 import torch
 from torch import Tensor
 
 from hbfunc.autocast import as_around, in_own_precision, kinds_of
 from hbfunc.forms import apart, misfit, same_form, short, tensors
+from hbfunc.leaves import (
+    Flat,
+    Layout,
+    Leaves,
+    State,
+    Tree,
+    compute_dtype,
+    flat_like,
+    flat_params,
+    flatten,
+    real_params,
+)
+from hbfunc.ranges import plain
 
-Tree = Any
-State = dict[str, Any]
-Flat = Mapping[str, Tensor]
-Layout = dict[str, Any]
 RefreshSchedule = Callable[[int], "bool | str | None"]  # step t, from 1 -> what `update(..., refresh=)` is given there
 
 
@@ -130,136 +136,10 @@ def remembered(factory: Callable[P, Transform]) -> Callable[P, Transform]:
     return make
 
 
-def plain(value: Any) -> Any:
-    """A scalar of numpy as Python's, also in a tuple or list. Anything else as it is."""
-    if isinstance(value, np.generic):
-        return float(value) if isinstance(value, np.floating) else value.item()
-    if type(value) in (tuple, list) and any(isinstance(x, np.generic) for x in value):
-        return type(value)(map(plain, value))
-    return value
-
-
 def _made_again(
     function: Callable[..., Transform], args: tuple[Any, ...], kwargs: dict[str, Any], changes: dict[str, Any]
 ) -> Transform:
     return function(*args, **kwargs)._replace(**changes)
-
-
-class Leaves(dict[str, Tensor]):
-    """A tree that is flat already, sorted by path. Its type tells an inner transform from the outermost one."""
-
-
-def flatten(tree: Tree, what: str = "params") -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Tree]]:
-    """Leaves of `tree` by path, None included, and the function that puts such leaves back into its containers."""
-    paths, leaves, spec = optree.tree_flatten_with_path(tree, none_is_leaf=True)
-    names = [".".join([str(entry) for entry in path]) if path else "param" for path in paths]
-    flat = dict(zip(names, leaves, strict=True))
-    if len(flat) != len(names):
-        twice = next(n for i, n in enumerate(names) if n in names[:i])
-        raise ValueError(f"{what} has two leaves at {what}[{twice!r}]: paths must differ once joined by dots")
-    return flat, lambda values: optree.tree_unflatten(spec, [values.get(name) for name in names])
-
-
-def flat_params(tree: Tree, elementwise: bool = False) -> tuple[Leaves, Callable[[Mapping[str, Any]], Tree]]:
-    """Parameters as `Leaves`, and the way back. Raises TypeError for a leaf that is no real floating tensor; but for an
-    `elementwise` transform, a complex one is the pairs of its real and imaginary parts, with one dim more."""
-    leaves, back, _ = _real_params(tree, elementwise)
-    return leaves, back
-
-
-def _real_params(tree: Tree, elementwise: bool) -> tuple[Leaves, Callable[[Mapping[str, Any]], Tree], set[str]]:
-    """`flat_params`, and the paths of the complex leaves."""
-    if isinstance(tree, Leaves):
-        return tree, dict, set()
-    flat, back = flatten(tree)
-    pairs = set()
-    for path, leaf in flat.items():
-        if leaf is None or (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-            continue
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"params[{path!r}] is {type(leaf).__name__}, expected a floating point tensor or None")
-        check_dtype(path, leaf, elementwise)
-        pairs.add(path)
-        flat[path] = as_real(leaf)
-    leaves = Leaves({path: flat[path] for path in sorted(flat) if flat[path] is not None})
-    if not pairs:
-        return leaves, back, pairs
-
-    def complexes(values: Mapping[str, Any]) -> Tree:
-        return back({k: torch.view_as_complex(x.contiguous()) if k in pairs else x for k, x in values.items()})
-
-    return leaves, complexes, pairs
-
-
-def check_dtype(path: str, p: Tensor, elementwise: bool) -> None:
-    """Raise TypeError unless a transform, elementwise or not, can step a parameter of this dtype."""
-    if p.is_floating_point() or (p.is_complex() and elementwise):
-        return
-    hint = ""
-    if p.is_complex():
-        hint = (
-            "; complex ones are for elementwise rules (Adam's kin, no clipping by norms): pass torch.view_as_real of it"
-        )
-    raise TypeError(f"params[{path!r}] is {p.dtype}, expected a floating point tensor or None{hint}")
-
-
-def as_real(x: Tensor) -> Tensor:
-    """The real and imaginary parts of a complex tensor, [..., 2]: a view, unless its conjugation is pending."""
-    return torch.view_as_real(x.resolve_conj())
-
-
-def flat_like(params: Leaves, tree: Tree, what: str = "grads", pairs: Collection[str] = ()) -> dict[str, Tensor]:
-    """`tree`, which has the structure and shapes of `params`, flat and in the dtype of the computation, less its Nones.
-
-    pairs: paths of the complex parameters. Raises ValueError or TypeError naming the first path where they differ.
-    """
-    flat, _ = flatten(tree, what)
-    for path in sorted({*flat, *params}):
-        if path not in flat:
-            raise ValueError(
-                f"{what} has no leaf for params[{path!r}]: expected the structure of params, None for no gradient"
-            )
-        leaf = flat[path]
-        if leaf is None:
-            continue
-        if path not in params:
-            raise ValueError(f"{what}[{path!r}] has no parameter: expected the structure of params")
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{what}[{path!r}] is {type(leaf).__name__}, expected a tensor or None")
-        if not (leaf.is_complex() if path in pairs else leaf.is_floating_point()):
-            kind = "complex" if path in pairs else "real floating point"
-            raise TypeError(f"{what}[{path!r}] is {leaf.dtype}, expected a {kind} tensor, as params[{path!r}]")
-        if path in pairs:
-            leaf = flat[path] = as_real(leaf)
-        if leaf.shape != params[path].shape:
-            raise ValueError(
-                f"{what}[{path!r}] has shape {tuple(leaf.shape)}, "
-                f"expected {tuple(params[path].shape)}, that of params[{path!r}]"
-            )
-    return {path: _to(flat[path], compute_dtype(params[path])) for path in params if flat[path] is not None}
-
-
-def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), which under torch.compile is not known to be x itself."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 computes in float64, everything else in float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def in_dtype_of(x: Tensor, value: Any) -> Any:
-    """`value`, a tensor in the dtype of x and on its device. A 0-dim hyperparameter in float64, as it is beside float64
-    parameters, would take a float32 leaf along that is 0-dim itself."""
-    return on_device_of(x, value).to(x.dtype) if isinstance(value, Tensor) else value
-
-
-def on_device_of(x: Tensor, value: Any) -> Any:
-    """`value`, which may be a 0-dim tensor on the device of another leaf, for use beside x. On the CPU it may stay."""
-    if isinstance(value, Tensor) and not value.is_cpu and value.device != x.device:
-        return value.to(x.device)
-    return value
 
 
 def by_device(update: Callable[..., tuple[dict[str, Tensor], State]]) -> Callable[..., tuple[dict[str, Tensor], State]]:
@@ -308,7 +188,7 @@ def transform(
             if "grads" in needs and extras.get("grads") is None:
                 extras["grads"] = grads
             return update(state, grads, params, **extras)
-        flat, back, pairs = _real_params(params, elementwise)
+        flat, back, pairs = real_params(params, elementwise)
         kinds = kinds_of(flat.values())
         try:
             given = flat_like(flat, grads, "grads", pairs)
@@ -514,14 +394,9 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     through a training: parameters that require grad keep a record of it. Raises ValueError naming the first path at
     which the trees differ.
     """
-    flat, back, pairs = _real_params(params, elementwise=True)
+    flat, back, pairs = real_params(params, elementwise=True)
     added = flat_like(flat, updates, "updates", pairs)
     return back({k: (p.to(compute_dtype(p)) + added[k]).to(p.dtype) if k in added else p for k, p in flat.items()})
-
-
-def kept(state: State, **new: Any) -> State:
-    """`state` with the leaves in `new` replaced: the leaves without a gradient, absent from `new`, keep their state."""
-    return {**state, **{k: {**state[k], **v} if isinstance(v, dict) else v for k, v in new.items()}}
 
 
 NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
@@ -562,65 +437,3 @@ def update_present(
     own = {k for k, u in new.items() if u is not updates[k]}  # a part of a partition hands the others' on
     moved = {k: torch.where(present[k], u, NOTHING) if k in own else u for k, u in new.items()}
     return moved, select_leaves(present, after, state, layout)
-
-
-def zeros(params: Flat) -> dict[str, Tensor]:
-    """Zeros like each parameter, in the dtype of the computation."""
-    return {k: torch.zeros_like(p, dtype=compute_dtype(p)) for k, p in params.items()}
-
-
-_LARGEST = torch.finfo(torch.float32).max
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise ValueError(f"{name}={short(value)}: expected one of {', '.join(map(repr, choices))}")
-
-
-def truth(value: Any, name: str, path: str) -> bool:
-    """The truth value of what `name`, a function or a tree, has for a leaf. Raises TypeError for what has none."""
-    try:
-        return bool(value)
-    except Exception as error:
-        raise TypeError(f"{name} gives params[{path!r}] {value!r}: expected True or False") from error
-
-
-def check_int(name: str, value: Any, low: int) -> None:
-    """Raise ValueError unless `value` is an int of at least `low`, and of 64 bits."""
-    value = plain(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
-        raise ValueError(
-            f"{name}={short(value)}: expected {'a positive int' if low == 1 else f'an int of at least {low}'}"
-        )
-
-
-def check_number(
-    name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
-) -> None:
-    """Raise ValueError unless the number `value`, and the float32 one that is computed with, lies in the range.
-    Schedules and the values of tensors are not looked at."""
-    value = plain(value)
-    if isinstance(value, Tensor):
-        if value.ndim or value.is_complex():
-            raise ValueError(
-                f"{name} is a tensor of shape {tuple(value.shape)} and {value.dtype}, expected a real 0-dim one"
-            )
-        return
-    if callable(value):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{name}={short(value)}: expected a number, a 0-dim tensor or a schedule, got {type(value).__name__}"
-        )
-
-    def inside(x: float) -> bool:
-        return (low < x if open_low else low <= x) and (x < high if open_high else x <= high)
-
-    if inside(value) and _LARGEST < abs(value) < float("inf"):
-        raise ValueError(f"{name}={value!r}: expected a number that float32 can hold")
-    single = value if torch.compiler.is_compiling() or not inside(value) else ctypes.c_float(value).value
-    if not inside(single):
-        left, right = "(" if open_low else "[", ")" if open_high else "]"
-        where = "" if single == value or not inside(value) else f", which is {single} in float32"
-        raise ValueError(f"{name}={value!r}{where}: expected a number in {left}{low}, {high}{right}")
