@@ -32,6 +32,7 @@ from hbfunc.optimizers.adam import (
     laprop,
     rmsprop,
 )
+from hbfunc.optimizers.lion import Lion, lion
 from hbfunc.optimizers.muon import ForeachMuon, Muon, MuonLaProp, muon, muon_laprop
 from hbfunc.optimizers.partitioned import MatricesTo, embeddings_and_head, matrices_to
 from hbfunc.optimizers.psgd import (
@@ -102,6 +103,7 @@ __all__ = [
     "ForeachSOAP",
     "FromTransform",
     "LaProp",
+    "Lion",
     "MatricesTo",
     "Muon",
     "MuonLaProp",
@@ -142,6 +144,7 @@ __all__ = [
     "identity",
     "l2_clip",
     "laprop",
+    "lion",
     "mars",
     "mars_correction",
     "masked",
