@@ -34,6 +34,7 @@ from hbfunc.optimizers.adam import (
 )
 from hbfunc.optimizers.lion import Lion, lion
 from hbfunc.optimizers.muon import ForeachMuon, Muon, MuonLaProp, muon, muon_laprop
+from hbfunc.optimizers.normuon import NorMuon, normuon
 from hbfunc.optimizers.partitioned import MatricesTo, embeddings_and_head, matrices_to
 from hbfunc.optimizers.psgd import (
     CachedDelayedPSGDKron,
@@ -107,6 +108,7 @@ __all__ = [
     "MatricesTo",
     "Muon",
     "MuonLaProp",
+    "NorMuon",
     "PSGDKron",
     "PaLMForeachSFAdamW",
     "PaLMForeachSOAP",
@@ -153,6 +155,7 @@ __all__ = [
     "muon",
     "muon_laprop",
     "nesterov_momentum",
+    "normuon",
     "orthogonalize",
     "palm_beta2",
     "partition",
