@@ -31,7 +31,10 @@ def exists(dotted: str) -> bool:
         elif importlib.util.find_spec("hbfunc." + ".".join(parts[: i + 1])) is not None:
             if i == len(parts) - 1:
                 return True  # perhaps one whose program is not installed
-            here = importlib.import_module("hbfunc." + ".".join(parts[: i + 1]))
+            try:
+                here = importlib.import_module("hbfunc." + ".".join(parts[: i + 1]))
+            except ModuleNotFoundError as error:  # a program that is not installed
+                return not str(error.name).startswith("hbfunc")
         else:
             return False
     return True
