@@ -35,14 +35,15 @@ Clipping = str | Clip | Transform | None
 Betas = Sequence[Number]
 
 SCHEDULES = (  # the numbers that may be functions of the step
-    *("lr", "beta", "beta1", "beta2", "beta2_scale", "shampoo_beta", "weight_decay"),
+    *("lr", "beta", "beta1", "beta2", "beta3", "momentum", "alpha", "beta2_scale", "shampoo_beta", "weight_decay"),
     "preconditioner_update_probability",
 )
 _INF = float("inf")
 RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     **dict.fromkeys(("lr", "eps", "weight_decay", "mars_gamma", "beta2_scale", "precond_lr"), (0, _INF, False, True)),
-    "clip_exp": (0, _INF, False, True),
-    **dict.fromkeys(("beta", "beta1", "beta2", "shampoo_beta"), (0, 1, False, True)),
+    **dict.fromkeys(("clip_exp", "alpha"), (0, _INF, False, True)),
+    **dict.fromkeys(("beta", "beta1", "beta2", "beta3", "momentum", "shampoo_beta"), (0, 1, False, True)),
+    "dampening": (0, 1, False, False),
     "precond_init_scale": (0, _INF, True, True),
     "preconditioner_update_probability": (0, 1, False, False),
     **dict.fromkeys(("r", "weight_lr_power"), (-_INF, _INF, True, True)),
@@ -132,7 +133,7 @@ def around(
 
     def whole(lr: Number, weight_decay: Number, mars_gamma: Any, beta2_scale: Any = None, **more: Any) -> Transform:
         more = {**choices, **more}
-        momentum = more.get("beta1", more.get("beta"))
+        momentum = more.get("beta1", more.get("beta", more.get("momentum")))
         if palm:
             more["beta2"] = palm_beta2(beta2_scale)
         scaled, rate = rule(**more), warmup(lr, warmup_steps)

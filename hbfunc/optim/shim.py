@@ -137,7 +137,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """The value in a param group of a hyperparameter of the state, where betas are split."""
-        return group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") and "betas" in group else group[name]
+        split = name in ("beta1", "beta2", "beta3") and "betas" in group
+        return group["betas"][int(name[-1]) - 1] if split else group[name]
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """The closure's loss."""
