@@ -50,6 +50,7 @@ from hbfunc.optimizers.psgd import (
     psgd_kron,
 )
 from hbfunc.optimizers.schedule_free import ForeachSFAdamW, PaLMForeachSFAdamW, PaLMSFAdamW, SFAdamW, sfadamw
+from hbfunc.optimizers.sgd import SGD, sgd
 from hbfunc.optimizers.soap import (
     SOAP,
     ForeachSOAP,
@@ -85,6 +86,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADOPT",
+    "SGD",
     "SOAP",
     "AdamW",
     "CachedDelayedPSGDKron",
@@ -178,6 +180,7 @@ __all__ = [
     "schedule_free_train_params",
     "set_to_zero",
     "sfadamw",
+    "sgd",
     "skipped_steps",
     "soap",
     "stateless",
