@@ -34,6 +34,7 @@ from hbfunc.optimizers.adam import (
 )
 from hbfunc.optimizers.lion import Lion, lion
 from hbfunc.optimizers.muon import ForeachMuon, Muon, MuonLaProp, muon, muon_laprop
+from hbfunc.optimizers.nadamw import NAdam, NAdamW, nadamw
 from hbfunc.optimizers.normuon import NorMuon, normuon
 from hbfunc.optimizers.partitioned import MatricesTo, embeddings_and_head, matrices_to
 from hbfunc.optimizers.psgd import (
@@ -110,6 +111,8 @@ __all__ = [
     "MatricesTo",
     "Muon",
     "MuonLaProp",
+    "NAdam",
+    "NAdamW",
     "NorMuon",
     "PSGDKron",
     "PaLMForeachSFAdamW",
@@ -156,6 +159,7 @@ __all__ = [
     "mu_law_compress",
     "muon",
     "muon_laprop",
+    "nadamw",
     "nesterov_momentum",
     "normuon",
     "orthogonalize",
