@@ -32,6 +32,7 @@ from hbfunc.optimizers.adam import (
     laprop,
     rmsprop,
 )
+from hbfunc.optimizers.ademamix import AdEMAMix, ademamix
 from hbfunc.optimizers.lion import Lion, lion
 from hbfunc.optimizers.muon import ForeachMuon, Muon, MuonLaProp, muon, muon_laprop
 from hbfunc.optimizers.nadamw import NAdam, NAdamW, nadamw
@@ -89,6 +90,7 @@ __all__ = [
     "ADOPT",
     "SGD",
     "SOAP",
+    "AdEMAMix",
     "AdamW",
     "CachedDelayedPSGDKron",
     "CachedPSGDKron",
@@ -131,6 +133,7 @@ __all__ = [
     "accumulate",
     "adamw",
     "add_decayed_weights",
+    "ademamix",
     "adopt",
     "apply_if_finite",
     "apply_to_finite_leaves",
