@@ -38,6 +38,7 @@ from hbfunc.optimizers.muon import ForeachMuon, Muon, MuonLaProp, muon, muon_lap
 from hbfunc.optimizers.nadamw import NAdam, NAdamW, nadamw
 from hbfunc.optimizers.normuon import NorMuon, normuon
 from hbfunc.optimizers.partitioned import MatricesTo, embeddings_and_head, matrices_to
+from hbfunc.optimizers.prodigy import Prodigy, prodigy
 from hbfunc.optimizers.psgd import (
     CachedDelayedPSGDKron,
     CachedPSGDKron,
@@ -125,6 +126,7 @@ __all__ = [
     "PrecondSchedulePaLMForeachSOAP",
     "PrecondSchedulePaLMSOAP",
     "PrecondScheduleSOAP",
+    "Prodigy",
     "PurePSGD",
     "RMSprop",
     "SFAdamW",
@@ -168,6 +170,7 @@ __all__ = [
     "orthogonalize",
     "palm_beta2",
     "partition",
+    "prodigy",
     "psgd_kron",
     "random",
     "recompute_batchnorm",

@@ -44,7 +44,8 @@ RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     **dict.fromkeys(("clip_exp", "alpha"), (0, _INF, False, True)),
     **dict.fromkeys(("beta", "beta1", "beta2", "beta3", "momentum", "shampoo_beta"), (0, 1, False, True)),
     "dampening": (0, 1, False, False),
-    "precond_init_scale": (0, _INF, True, True),
+    **dict.fromkeys(("precond_init_scale", "d0", "d_coef"), (0, _INF, True, True)),
+    "growth_rate": (1, _INF, False, True),
     "preconditioner_update_probability": (0, 1, False, False),
     **dict.fromkeys(("r", "weight_lr_power"), (-_INF, _INF, True, True)),
 }
@@ -87,6 +88,7 @@ def around(
     caution_scaling: bool = True,
     seed: int | Tensor = 0,
     tail: Callable[..., Transform] | None = None,
+    steps: bool = False,
     keeps_signs: bool = False,
     **options: Any,
 ) -> Transform:
@@ -104,6 +106,8 @@ def around(
     seed: of the random draws (an int, or an integer tensor under vmap); the key is in the state.
     tail: what turns the rule's updates into steps, given the warmed-up lr and the rule's arguments; by default
         `scale_by_learning_rate(lr)`.
+    steps: the rule makes steps itself: `rule(lr, behind, **options)` is given the warmed-up lr and what comes between
+        it and the step, a Transform of directions that ends with weight decay.
     keeps_signs: the rule divides the gradient by positive numbers, so that `caution` drops nothing; it warns, unless
         MARS or a clipping function of the user's may change signs.
     options: what else the rule takes, by its names. Numbers with a known range become hyperparameters, as floats do.
@@ -136,14 +140,19 @@ def around(
         momentum = more.get("beta1", more.get("beta", more.get("momentum")))
         if palm:
             more["beta2"] = palm_beta2(beta2_scale)
-        scaled, rate = rule(**more), warmup(lr, warmup_steps)
+        rate, behind = warmup(lr, warmup_steps), after(update_clipping, caution, caution_scaling)
+        if steps:
+            inside = chain(*behind, add_decayed_weights(weight_decay), name="behind")
+            middle = [rule(rate, inside, **more)]
+        else:
+            scaled = rule(**more)
+            decay = add_decayed_weights(weight_decay if scaled.first_step_moves else after_first(weight_decay))
+            step = scale_by_learning_rate(rate) if tail is None else tail(rate, **more)
+            middle = [scaled, *behind, decay, step]
         return with_storage(
             chain(
                 *before(mars, mars_gamma, momentum, gradient_clipping),
-                scaled,
-                *after(update_clipping, caution, caution_scaling),
-                add_decayed_weights(weight_decay if scaled.first_step_moves else after_first(weight_decay)),
-                scale_by_learning_rate(rate) if tail is None else tail(rate, **more),
+                *middle,
                 round_to_parameters(seed),
                 name=name,
             ),
