@@ -123,7 +123,7 @@ def around(
         )
     numbers: dict[str, Any] = {"lr": lr}
     if betas is not None:
-        numbers["beta1"], numbers["beta2"] = two_betas(betas)
+        numbers |= split_betas(betas)
     elif palm:
         raise TypeError(f"palm={short(palm)}: {name} has no second moment, expected False")
     numbers |= {k: v for k, v in options.items() if k in RANGES and v is not None}
@@ -234,12 +234,11 @@ def _registered(fn: Callable[..., Transform], listed: Sequence[inspect.Parameter
 # What the numbers and flags of recipes may be.
 
 
-def two_betas(betas: Any) -> tuple[Any, Any]:
-    """The two of `betas`. Raises ValueError for what is no pair."""
-    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"betas={short(betas)}: expected two numbers")
-    first, second = betas
-    return first, second
+def split_betas(betas: Any, n: int = 2) -> dict[str, Any]:
+    """beta1, beta2, ... of the `n` betas. Raises ValueError for what is not that many."""
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != n:
+        raise ValueError(f"betas={short(betas)}: expected {('one', 'two', 'three')[n - 1]} numbers")
+    return {f"beta{i}": beta for i, beta in enumerate(betas, 1)}
 
 
 def number(name: str, value: Any) -> Any:

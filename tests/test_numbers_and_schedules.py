@@ -41,7 +41,15 @@ def options(factory: Callable[..., Any], value: Any) -> list[dict[str, Any]]:
     """The ways to give a factory a decay."""
     known = inspect.signature(factory).parameters
     found = [{name: value} for name in OPEN if name in known]
-    return found + ([{"betas": (value, 0.9)}, {"betas": (0.9, value)}] if "betas" in known else [])
+    n = decays(factory)
+    return found + [{"betas": (*[0.9] * i, value, *[0.9] * (n - i - 1))} for i in range(n)]
+
+
+def decays(factory: Callable[..., Any]) -> int:
+    """How many betas a factory takes."""
+    known = inspect.signature(factory).parameters
+    default = known["betas"].default if "betas" in known else ()
+    return len(default) if isinstance(default, (tuple, list)) else 2
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -138,7 +146,8 @@ OPTIONS: dict[str, Any] = {
 
 
 def known(factory: Callable[..., Any]) -> dict[str, Any]:
-    return {k: v for k, v in OPTIONS.items() if k in inspect.signature(factory).parameters}
+    given = {k: v for k, v in OPTIONS.items() if k in inspect.signature(factory).parameters}
+    return given | ({"betas": (*OPTIONS["betas"], 0.875)} if decays(factory) == 3 else {})
 
 
 @pytest.mark.parametrize("kind", KINDS)

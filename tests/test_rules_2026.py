@@ -74,3 +74,34 @@ def test_prodigy_has_one_d_for_all_leaves_in_the_class_too(monkeypatch):
         torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(tree["0"][0], tree["1"][0, 0], rtol=1e-6, atol=1e-6)
     assert state["step_by_prodigy"]["d"] > 1e-6
+
+
+CLASSES = {
+    "sgd": (hbfunc.SGD, {"momentum": 0.9, "nesterov": True, "dampening": 0.1}),
+    "lion": (hbfunc.Lion, {"betas": (0.8, 0.9)}),
+    "nadamw": (hbfunc.NAdam, {"betas": (0.8, 0.9)}),
+    "ademamix": (hbfunc.AdEMAMix, {"betas": (0.8, 0.9, 0.95), "alpha": 3.0, "warmup_alpha": 4}),
+    "prodigy": (hbfunc.Prodigy, {"d0": 0.01, "growth_rate": 1.5}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_steps_as_its_recipe_and_goes_on_from_a_checkpoint(name, monkeypatch):
+    monkeypatch.setattr(hbfunc.utils, "compile_mode", None)
+    cls, options = CLASSES[name]
+    options = {"lr": 0.1, "weight_decay": 0.1, **options}
+    tx = getattr(hbfunc, name)(**options)
+    tree = {"0": torch.linspace(-1, 1, 6).reshape(2, 3), "1": torch.linspace(1, 2, 4)}
+    params = [torch.nn.Parameter(p.clone()) for p in tree.values()]
+    optimizer, state = cls(params, **options), tx.init(tree)
+    for t in range(6):
+        if t == 3:
+            saved, optimizer = optimizer.state_dict(), cls(params, **options)
+            optimizer.load_state_dict(saved)
+        for p in params:
+            p.grad = p.detach() - 0.5
+        updates, state = tx.update(state, {k: p - 0.5 for k, p in tree.items()}, tree)
+        tree = hbfunc.apply_updates(tree, updates)
+        optimizer.step()
+    for p, want in zip(params, tree.values(), strict=True):
+        torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from hbfunc.contract import chain as chain_
 from hbfunc.optim.averaged import TrainEval
 from hbfunc.optim.shim import StatefulOptimizer, use_default
 from hbfunc.optim.unit import Unit
-from hbfunc.pipeline import before, check_flags, two_betas
+from hbfunc.pipeline import before, check_flags, split_betas
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.schedules import warmup
 from hbfunc.transforms import steps
@@ -80,6 +80,7 @@ class ChainOpt(StatefulOptimizer):
     """
 
     fns: tuple[Function, ...] = ()
+    number_of_betas: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class ChainOpt(StatefulOptimizer):
     def _checked(self, group: dict[str, Any], names: list[str]) -> None:
         options = {k: v for k, v in self.options(group).items() if isinstance(v, (int, float, Tensor))}
         if "betas" in group:
-            options["beta1"], options["beta2"] = two_betas(group["betas"])
+            options |= split_betas(group["betas"], self.number_of_betas)
         for name, value in options.items():
             if not isinstance(value, bool):
                 self.check_hyperparameter(name, value)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbfunc.contract import Transform, remembered, transform
-from hbfunc.forms import short
 from hbfunc.leaves import Leaves, State, kept, zeros
 from hbfunc.optimizers.base import RecipeOptimizer
-from hbfunc.pipeline import Betas, around, recipe
+from hbfunc.pipeline import Betas, around, recipe, split_betas
 from hbfunc.ranges import check_int, check_number
 from hbfunc.schedules import Number, at, ema_weight, increment, per_leaf
 from hbfunc.transforms.adaptive import check_adam, denominator, ema, two_moments
@@ -91,15 +89,13 @@ def ademamix(
 
     Raises ValueError for numbers outside these ranges, and for betas that are not three.
     """
-    given: Any = betas
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 3:
-        raise ValueError(f"betas={short(betas)}: expected three numbers")
+    beta3 = split_betas(betas, 3)["beta3"]
     return around(
         "ademamix",
         scale_by_ademamix,
         lr=lr,
         betas=betas[:2],
-        beta3=betas[2],
+        beta3=beta3,
         alpha=alpha,
         eps=eps,
         weight_decay=weight_decay,

@@ -60,6 +60,8 @@ class RecipeOptimizer(BaseOpt):
             cls.recipe = staticmethod(recipe)
             cls.options_of_recipe = inspect.signature(recipe).parameters
             cls.title = recipe.__name__
+            if "betas" in cls.options_of_recipe:
+                cls.number_of_betas = len(cls.options_of_recipe["betas"].default)
         if title is not None:
             cls.title = title
             OPTIMIZERS[title] = cls
