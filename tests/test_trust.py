@@ -659,7 +659,11 @@ TABLE: dict[str, list[tuple[str, Cell, Any]]] = {
         ("of other shapes", loaded(swap_states), VALUE),
         ("with a NaN", loaded(poison), VALUE),
         ("with a negative count", loaded(uncount), VALUE),
-        ("with an unknown entry", loaded(lambda held: held["state"][0].update(extra=torch.ones(2))), VALUE),
+        (
+            "with an entry of somebody else's",
+            loaded(lambda held: held["state"][0].update(extra=torch.ones(2))),
+            "is loaded",
+        ),
         ("that lacks an entry", loaded(lambda held: held["state"][1].popitem()), VALUE),
         ("with a function", loaded(lambda held: held["param_groups"][0].update(lr=print)), TYPE),
         ("with an option out of range", loaded(lambda held: held["param_groups"][0].update(weight_decay=-1.0)), VALUE),

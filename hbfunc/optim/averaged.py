@@ -59,7 +59,7 @@ class TrainEval(Averaging):
 def _average(entries: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     """z and beta1 in the state of a parameter, or None without a Schedule-Free part."""
     for name, z in entries.items():
-        if name.rpartition(".")[2] == "z":
+        if isinstance(name, str) and name.rpartition(".")[2] == "z":
             prefix = name[:-1]
             weight_sum, beta1 = (entries.get(f"{prefix}{k}", entries.get(k)) for k in _NAMES[1:])
             if weight_sum is not None and beta1 is not None:

@@ -6,7 +6,7 @@ it the counter of skips. So a checkpoint may be loaded, and a run go on, under a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,16 +45,6 @@ def views(state: State, layout: Layout, paths: list[str], policy: str) -> dict[s
 def rule_of(state: State, layout: Layout, policy: str) -> tuple[State, Layout]:
     """State and layout of the rule inside a guarded transform."""
     return (state["inner"], layout.get("inner", {})) if policy in ("skip", "skip_leaf") else (state, layout)
-
-
-def fitting(held: Mapping[str, Any], view: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Entries of a parameter that were kept under any policy, for the one whose `view` this is: a counter that it does
-    not have is dropped, and one that it has starts at 0."""
-    if not held:
-        return {}
-    kept = {k: v for k, v in held.items() if k in view or k not in COUNTERS}
-    own = [k for k in COUNTERS if k in view and k not in kept][-1:]
-    return kept | {k: torch.zeros_like(view[k]) for k in own}
 
 
 def later(x: Tensor) -> Callable[[], list[Any]]:

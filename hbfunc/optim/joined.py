@@ -7,13 +7,15 @@ every parameter's state shows its part; their parameters and gradients are copie
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbfunc.leaves import Leaves, compute_dtype
+from hbfunc.optim.state import own_storage
 
 _SMALL = 1 << 15  # elements of a small leaf: beyond, copying would cost more than a loop of its own
 _SHARE = 0.05  # of a unit's elements may be joined: their copies are then 10% of the memory of the parameters
@@ -31,6 +33,10 @@ class Joined:
         self.params = list(members.values())
         self._sizes = [p.numel() for p in self.params]
         self._flat, self._grad = (_Buffer(sum(self._sizes), self.params[0], self.parts) for _ in range(2))
+        self._scalars: list[tuple[Tensor, Tensor]] = []  # of the flat leaf, and one for each member
+        self._names: list[str] = []
+        self._shown: list[Tensor] = []  # the members' scalars one by one, and how often each has been written
+        self._written: list[int] = []
 
     def parts(self, flat: Tensor) -> list[Tensor]:
         """Each member's part of a flat tensor, in its shape."""
@@ -66,14 +72,58 @@ class Joined:
         self._flat.release()
         self._grad.release()
 
-    def views(self, joined: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """State by member, from the state by name of the flat leaf: parts of what is flat; scalars are shared."""
+    def views(self, joined: Mapping[str, Tensor], shared: Collection[int] = ()) -> dict[str, dict[str, Tensor]]:
+        """State by member, from the state by name of the flat leaf: parts of what is flat, and a scalar for each.
+
+        shared: ids of the tensors that members share with other leaves, as they are.
+        """
         found: dict[str, dict[str, Tensor]] = {path: {} for path in self.members}
+        self._scalars, self._shown, self._names = [], [], []
         for name, x in joined.items():
-            parts = self.parts(x) if x.ndim == 1 and x.numel() == sum(self._sizes) else [x] * len(self._sizes)
+            if id(x) in shared:
+                parts = [x] * len(self._sizes)
+            elif x.ndim:
+                parts = list(map(own_storage, self.parts(x)))
+            else:
+                each = x.expand(len(self._sizes)).clone()
+                parts = list(map(own_storage, each))
+                self._scalars.append((x, each))
+                self._shown += parts
+                self._names.append(name)
             for path, part in zip(self.members, parts, strict=True):
                 found[path][name] = part
+        self._written = list(map(_writes, self._shown))
         return found
+
+    def agree(self) -> bool:
+        """Whether the members' scalars are still those of the flat leaf."""
+        if not self._scalars or type(self._scalars[0][0]) is not Tensor or self._scalars[0][0].is_meta:
+            return True
+        if self._scalars[0][0].is_cpu:
+            return all(torch.equal(each, x.expand_as(each)) for x, each in self._scalars)
+        return list(map(_writes, self._shown)) == self._written  # their values would have to be waited for
+
+    def alike(self, held: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether all members have the same scalars in `held`, states by path."""
+        found = [{n: _number(held.get(k, {}).get(n)) for n in self._names} for k in self.members]
+        return all(scalars == found[0] for scalars in found)
+
+    def gather_scalars(self) -> None:
+        """Bring the flat leaf's scalars to the members' values, which are equal."""
+        for x, each in self._scalars:
+            x.copy_(each[0])
+
+    def spread_scalars(self) -> None:
+        """Bring the members' scalars to those of the flat leaf."""
+        for x, each in self._scalars:
+            each.copy_(x)
+
+
+_writes = attrgetter("_version")
+
+
+def _number(x: Any) -> Any:
+    return x.item() if isinstance(x, Tensor) and x.numel() == 1 and not x.is_meta else x
 
 
 class _Buffer:

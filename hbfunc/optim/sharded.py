@@ -41,10 +41,10 @@ from hbfunc.exchange import (
     whole,
 )
 from hbfunc.leaves import Leaves, compute_dtype
-from hbfunc.optim.guard import fitting, rule_of
+from hbfunc.optim.guard import rule_of
 from hbfunc.optim.guard import views as views_of
 from hbfunc.optim.joined import Joined, joins
-from hbfunc.optim.state import Place, adopt, check, located, mapped, nested
+from hbfunc.optim.state import AUXILIARY, Place, adopt, check, located, mapped, nested
 from hbfunc.optim.unit import Unit
 
 Entries = dict[str, dict[str, Any]]  # path -> name -> tensor
@@ -137,7 +137,10 @@ def agree_on_gradients(named: Sequence[tuple[str, Tensor]]) -> None:
 
 
 class ShardedUnit(Unit):
-    """A unit that steps stand-ins, which are plain tensors, for parameters of which some are DTensors."""
+    """A unit that steps stand-ins, which are plain tensors, for parameters of which some are DTensors.
+
+    It holds its state: memory is freed, and entries that are elsewhere are adopted, by units made anew.
+    """
 
     def __init__(
         self,
@@ -149,8 +152,26 @@ class ShardedUnit(Unit):
         joined: Sequence[Joined] = (),
     ) -> None:
         super().__init__(transform, stand_ins, double, joined, nonfinite)
+        self.views = self.entries
         self.parameters = dict(parameters)
+        self.held: dict[str, dict[str, Any]] = {}  # the parameters' dicts
+        self._shown_at: dict[str, dict[str, tuple[Any, int]]] = {}  # the entries there, and where their memory is
         self.collected: dict[str, Tensor] | None = None  # products, once all is collected for a step
+
+    def settle(self, dicts: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
+        self.held = {k: d for k, (_, d) in dicts.items()}
+        self._shown_at = {k: {n: (x, _address(x)) for n, x in entries.items()} for k, entries in self.entries.items()}
+
+    def intact(self, states: Sequence[Mapping[str, Any]]) -> bool:
+        alive = set(map(id, states))
+        return all(
+            id(self.held[k]) in alive
+            and all(self.held[k].get(n) is x and _address(x) == at for n, (x, at) in entries.items())
+            for k, entries in self._shown_at.items()
+        ) and all(join.agree() for join in self.joined)
+
+    def renew(self, held: Mapping[str, Mapping[str, Any]]) -> None:
+        return None
 
     def _drop(self) -> None:
         """Free what was collected for a step."""
@@ -186,16 +207,11 @@ class LocalUnit(ShardedUnit):
             with _gradients(leaves, stand_ins.values()):
                 joined = joins(stand_ins, held)
         super().__init__(transform, stand_ins, leaves, double, nonfinite, joined)
+        self.entries = {k: dict(entries) for k, entries in self.views.items()}
         for (k, p), stand_in in zip(leaves.items(), self.params, strict=True):
             if is_sharded(p) and p.ndim:
                 here = {n: x for n, x in self.views[k].items() if x.shape == stand_in.shape}
-                self.shown[k].update({n: as_shard(x, p) for n, x in here.items()})
-
-    def shown_in(self, alive: set[int]) -> bool:
-        return all(
-            id(shown) in alive and all(n in shown and local(shown[n]) is view for n, view in self.views[k].items())
-            for k, shown in self.shown.items()
-        )
+                self.entries[k].update({n: as_shard(x, p) for n, x in here.items()})
 
     def step(
         self, refresh: Any, products: Sequence[Tensor] | None, compile_step: bool = True, rehearse: bool = False
@@ -212,11 +228,10 @@ class LocalUnit(ShardedUnit):
         with _gradients(self.parameters, self.params):
             return super().whole()
 
-    def take(self, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """Adopt values of entries of `state[p]`: DTensors, however they are placed, or whole tensors."""
-        values = {k: fitting(entries, self.shown[k]) for k, entries in values.items()}
-        check(self.shown, values)
-        adopt(self.views, mapped(values, lambda k, n, x: shard_of(x, self.shown[k][n])))
+    def adopt(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """From DTensors, however they are placed, or whole tensors."""
+        check(self.entries, values)
+        adopt(self.views, mapped(values, lambda k, n, x: shard_of(x, self.entries[k][n])))
 
 
 @contextmanager
@@ -307,23 +322,16 @@ class OwnedUnit(ShardedUnit):
         views = _matched(rule, located(*rule_of(*here, nonfinite), list(mine)))
         for k, entries in views_of(*here, list(mine), nonfinite).items():
             views[k] += list(entries.values())[-1:] if len(views[k]) < len(self.expected[k]) else []  # a counter
-        self.shown = {}
+        self.entries = {}
         for k, entries in self.expected.items():
             elsewhere = [torch.empty(0, dtype=x.dtype, device=first.device) for x in entries.values()]
-            self.shown[k] = dict(zip(entries, views.get(k, elsewhere), strict=True))
-        self.mine = {k: dict(entries) for k, entries in self.shown.items()}
+            self.entries[k] = dict(zip(entries, views.get(k, elsewhere), strict=True))
         self.everyone: dict[str, int] = {}  # counts of all leaves, for refresh schedules
 
     @property
     def owned(self) -> list[str]:
         """Paths of the leaves that this rank owns."""
         return self.exchange.owned
-
-    def shown_in(self, alive: set[int]) -> bool:
-        return all(
-            id(shown) in alive and all(shown.get(n) is x for n, x in self.mine[k].items())
-            for k, shown in self.shown.items()
-        )
 
     def step(
         self, refresh: Any, products: Sequence[Tensor] | None, compile_step: bool = True, rehearse: bool = False
@@ -379,13 +387,13 @@ class OwnedUnit(ShardedUnit):
         schedule = self.scheduled()
         if schedule is None:
             return None
-        if any("inner" in place for place in self.tensors):  # a transform that may not pass every step on
+        if any("inner" in place[:-1] for place in self.at):  # a transform that may not pass every step on
             return None if "curvature" in self.transform.needs else super().due()
         if not self.everyone:
             device = next(iter(self.parameters.values())).device
             counts = torch.zeros(len(self.parameters), dtype=torch.int64, device=device)
             for place, t in self.tensors.items():
-                if len(place) > 2 and place[-2] == "count":
+                if len(place) > 2 and place[-2] == "count" and place[-3] not in AUXILIARY:
                     counts[list(self.parameters).index(place[-1])] = t
             if self.ranks.group is not None:
                 torch.distributed.all_reduce(counts, group=self.ranks.group)
@@ -419,7 +427,7 @@ class OwnedUnit(ShardedUnit):
                 rows = [Shard(0) if x.ndim else Replicate()] * self.mesh.ndim
                 placements = p.placements if x.shape == p.shape else rows
                 specs[k] = Spec(tuple(x.shape), tuple(placements), self.exchange.specs[k].owner)
-            values = {k: self.mine[k][name] for k in there if k in self.exchange.blocks}
+            values = {k: self._now(k, name) for k in there if k in self.exchange.blocks}
             like = {k: torch.empty(0, dtype=x.dtype, device=self.parameters[k].device) for k, x in there.items()}
             shards = Exchange(specs, self.ranks).scatter(values, like)
             for k, x in shards.items():
@@ -428,9 +436,19 @@ class OwnedUnit(ShardedUnit):
                 )
         return {k: {n: found[n] for n in self.expected[k] if n in found} for k, found in result.items()}
 
-    def take(self, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """Adopt values of entries of `state[p]`, the same on all ranks: DTensors, however placed, or whole tensors."""
-        values = {k: fitting(entries, self.expected[k]) for k, entries in values.items()}
+    def _now(self, path: str, name: str) -> Tensor:
+        """An entry of an owned leaf as it is in `state[p]`, or is to be."""
+        made = self.entries[path][name]
+        found = self.held.get(path, {}).get(name, made)
+        if not isinstance(found, Tensor) or found.shape != made.shape:
+            raise ValueError(f"state of parameter {path!r}: {name!r} is {found!r}, expected shape {tuple(made.shape)}")
+        return found.to(made)
+
+    def expecting(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return self.expected
+
+    def adopt(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """From values that are the same on all ranks: DTensors, however placed, or whole tensors."""
         check(self.expected, values)
         for name in sorted({n for entries in values.values() for n in entries}):
             there = {k: entries[name] for k, entries in values.items() if name in entries}
@@ -440,9 +458,13 @@ class OwnedUnit(ShardedUnit):
             found = Exchange(specs, self.ranks).gather(here)
             for k, x in there.items():
                 if k not in spread:
-                    found[k] = torch.zeros(x.shape) if x.is_meta else whole(x)  # meta: a counter that begins now
+                    found[k] = whole(x)
                 if k in self.exchange.blocks:
-                    self.mine[k][name].copy_(found[k])
+                    self.entries[k][name].copy_(found[k])
+
+
+def _address(x: Any) -> int:
+    return local(x).data_ptr()
 
 
 def _matched(

@@ -25,11 +25,13 @@ from hbfunc.forms import short
 from hbfunc.leaves import Leaves, as_real, check_dtype
 from hbfunc.optim import checkpoint, sharded
 from hbfunc.optim.compiled import Ready
-from hbfunc.optim.guard import guarded
+from hbfunc.optim.guard import COUNTERS, guarded
+from hbfunc.optim.guard import views as guard_views
 from hbfunc.optim.interrupts import uninterrupted
 from hbfunc.optim.joined import joins
 from hbfunc.optim.options import option, settle
-from hbfunc.optim.state import EMA
+from hbfunc.optim.resize import checked_rows, resized
+from hbfunc.optim.state import EMA, is_auxiliary
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import check_flags, check_value
 from hbfunc.schedules import ema_weight
@@ -103,12 +105,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
         defaults.setdefault("nonfinite", "propagate")
         defaults.setdefault("consume_grad", None)
         defaults |= {"foreach": option(foreach), "seed": _default_seed() if seed is None else option(seed)}
-        defaults |= self.more_defaults
         self._unseeded = seed is None  # the seed is torch's, until the first step knows better
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
         self._pairs: dict[Tensor, Tensor] = {}  # complex parameters, seen as reals
         self._graphs: deque[Ready] = deque(maxlen=_KEPT)  # of units that are no more
-        self._new: list[Tensor] = []  # whose state this step has made
+        self._new: dict[Tensor, dict[str, Any] | None] = {}  # whose state this step has made, and what there was
+        self._forms: dict[int, Forms] = {}  # of the parameters of a group, at its last step
+        self._names_of: dict[Tensor, set[str]] = {}  # of the entries of a parameter that are its rule's
         self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
         super().__init__(params, defaults)
         for i in range(len(self.param_groups)):
@@ -177,13 +180,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
         than its parameter and for a hyperparameter out of range.
         """
         loss = self.evaluate(closure)
-        self._new = []
+        self._new = {}
         kinds = {p.device.type for group in self.param_groups for p in group["params"] if not p.is_meta}
         try:
             in_own_precision(self._advance_all, kinds)
         except BaseException:
-            for p in self._new:  # that had no state before
-                self.state.pop(p, None)
+            self._forget_new()
             raise
         return loss
 
@@ -192,15 +194,18 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self._agree_on_seed()
         for p in self._pairs:
             self._leaf(p)
-        for i, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             settle(group)
-            self._check_gradients(i, group)
+        forms = [self._check_gradients(i, group) for i, group in enumerate(self.param_groups)]
         if in_a_job():
             sharded.agree_on_gradients(self._named())
         policies = {group["nonfinite"] for group in self.param_groups}
         if "raise" in policies:
             self._raise_nonfinite({p: p.grad for group in self.param_groups for p in group["params"]}, "the gradient")
-        work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group)]
+        for i in [i for i in self._units if i >= len(self.param_groups)]:
+            del self._units[i]
+            self._forms.pop(i, None)
+        work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group, *forms[i])]
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group), self.check_hyperparameter)
         # Without values (on the meta device) nobody can tell, and nothing is to be refreshed.
@@ -213,7 +218,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         with uninterrupted():
             for (group, _), (unit, decision, product) in zip(work, steps, strict=True):
                 self.advance(unit, decision, product)
-                self._new = []
+                self._new = {}
                 if consumes(group):
                     for p in unit.parameters.values():
                         p.grad = None
@@ -272,7 +277,25 @@ class StatefulOptimizer(torch.optim.Optimizer):
         real.grad = None if p.grad is None else as_real(p.grad)
         return real
 
-    def _check_gradients(self, index: int, group: dict[str, Any]) -> None:
+    def _check_gradients(self, index: int, group: dict[str, Any]) -> tuple[Forms, bool]:
+        """Raise for a gradient that does not fit its parameter.
+
+        Returns the forms of the trainable parameters, and whether all of them have a gradient.
+        """
+        params = self.members(group)
+        dtypes, shapes, _ = forms = _forms(params)
+        grads = [g for p in params if (g := p.grad) is not None]
+        if not (
+            self._forms.get(index) == forms  # on these devices torch has put the gradients, too
+            and len(grads) == len(params)
+            and [g.dtype for g in grads] == dtypes
+            and [g.shape for g in grads] == shapes
+            and not [g for g in grads if g.layout is not torch.strided]
+        ):
+            self._raise_for_gradients(index, group)
+        return forms, len(grads) == len(params)
+
+    def _raise_for_gradients(self, index: int, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):
             g = p.grad
             if g is None:
@@ -337,33 +360,77 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def members(self, group: dict[str, Any]) -> list[Tensor]:
         """The parameters of a group that have a state, or are to have one. Whoever has one stays, also when it is
         frozen: so freezing and unfreezing in turn changes nothing."""
-        return [p for p in group["params"] if p.requires_grad or p.grad is not None or self.state.get(p)]
+        return [p for p in group["params"] if p.requires_grad or p.grad is not None or self._has_state(p)]
 
-    def _ready(self, index: int, group: dict[str, Any]) -> list[Unit]:
+    def _has_state(self, p: Tensor) -> bool:
+        return bool(self.state.get(p)) and (p.is_floating_point() or p.is_complex())
+
+    def _ready(self, index: int, group: dict[str, Any], forms: Forms, complete: bool) -> list[Unit]:
         """The units of a group that have a gradient, or whose transform is to be called at every step; made anew where
-        options, parameters or `state` changed."""
+        options, parameters or `state` changed.
+
+        forms, complete: as `_check_gradients` found them.
+        """
         before, units = self._units.get(index, (None, []))
         if all(p.grad is None for p in group["params"]):
             tx = units[0].transform if units else self.transform(group)
             if not tx.every_call:
                 return []
         key = self._key(group)
-        alive = set(map(id, self.state.values()))
-        if not (before and before[1:] == key[1:] and all(unit.shown_in(alive) for unit in units)):
-            units = self._rebuilt(index, group, units)
-        elif before[0] != key[0]:
-            new = set(key[0]).difference(before[0])
-            if tuple(i for i in key[0] if i not in new) == before[0] and self.transform(group).leafwise:
+        new = set() if before and before[0] == key[0] else set(key[0]).difference(before[0] if before else ())
+        if (
+            before
+            and before[1:] == key[1:]
+            and (before[0] == key[0] or tuple([i for i in key[0] if i not in new]) == before[0])
+            and (not new or self.transform(group).leafwise)
+            and self._alike(index, key[0], forms)
+        ):
+            units = self._adopted(index, group, units)
+            if new:
                 units = [*units, *self._built(index, group, new)]
-            else:
-                units = self._rebuilt(index, group, units)
-        for unit in [unit for unit in units if not unit.whole()]:
+        else:
+            units = self._rebuilt(index, group, units)
+        for unit in () if complete else [unit for unit in units if not unit.whole()]:
             self._apart.add(index)  # and for good
-            i = units.index(unit)
-            mine = {id(p) for p in unit.parameters.values()}
-            units = [*units[:i], *self._rebuilt(index, group, [unit], mine), *units[i + 1 :]]
-        self._units[index] = self._key(group), units
-        return [unit for unit in units if unit.moving() or unit.transform.every_call]
+            units = self._replaced(index, group, units, unit)
+        self._units[index], self._forms[index] = (self._key(group), units), forms
+        return [unit for unit in units if unit.transform.every_call or unit.moves()]
+
+    def _alike(self, index: int, ids: Sequence[int], forms: Forms) -> bool:
+        """Whether the parameters of a group that it had at its last step are what they were."""
+        before = self._forms.get(index)
+        if before is None or before == forms:
+            return True
+        known = dict(zip(self._units[index][0][0], zip(*before, strict=True), strict=True))
+        return all(known.get(i, form) == form for i, form in zip(ids, zip(*forms, strict=True), strict=True))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _adopted(self, index: int, group: dict[str, Any], units: list[Unit]) -> list[Unit]:
+        """Units with what `state` holds in place of their entries: the same, or others where they have to be."""
+        states = list(self.state.values())
+        moved = [unit for unit in units if not unit.intact(states)]
+        if not moved:
+            return units
+        owners = self._owners(index, group)
+        held = {k: self._held(self.state[p]) for k, p in owners.items() if p in self.state}
+        for unit in moved:
+            try:
+                taken = unit.renew({k: held[k] for k in unit.parameters if k in held})
+            except BaseException:
+                del self._units[index]
+                raise
+            if taken is None:
+                units = self._replaced(index, group, units, unit)
+            else:
+                self._show([(unit, taken)], owners)
+        return units
+
+    def _replaced(self, index: int, group: dict[str, Any], units: list[Unit], unit: Unit) -> list[Unit]:
+        """Units with one of them made anew."""
+        owners, i = self._owners(index, group), units.index(unit)
+        mine = {id(owners[k]) for k in unit.parameters}
+        return [*units[:i], *self._rebuilt(index, group, [unit], mine), *units[i + 1 :]]
 
     def _rebuilt(
         self, index: int, group: dict[str, Any], units: list[Unit], only: Collection[int] | None = None
@@ -373,22 +440,35 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.state.update(self._presented(units))
         return self._built(index, group, only)
 
-    @torch.no_grad()
-    def _built(self, index: int, group: dict[str, Any], only: Collection[int] | None = None) -> list[Unit]:
-        """Fresh units, with what `self.state` holds copied into them, and `self.state` made of their views.
+    def _owners(self, index: int, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameters of a group that have a state, by name."""
+        names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
+        return {names[id(p)]: p for p in self.members(group)}
 
-        only: ids of the parameters that they are for, in place of all that have a state.
+    @staticmethod
+    def _held(state: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of a parameter that are not the class's own."""
+        return {n: x for n, x in state.items() if n not in EMA}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _built(
+        self, index: int, group: dict[str, Any], only: Collection[int] | None = None, loaded: bool = False
+    ) -> list[Unit]:
+        """Fresh units, with what `self.state` holds copied into them, and their entries in `self.state`.
+
+        only: ids of the parameters that they are for, in place of all that have a state. loaded: `state` is that of a
+        checkpoint.
         """
         self._check_whole(index)
-        names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
-        every = self.members(group)
-        owners = {names[id(p)]: p for p in every if only is None or id(p) in only}
+        every = self._owners(index, group)
+        owners = {k: p for k, p in every.items() if only is None or id(p) in only}
+        elementwise = self.transform(group).elementwise
         for k, p in owners.items():
-            if p.is_complex():
-                check_dtype(k, p, self.transform(group).elementwise)
+            check_dtype(k, p, elementwise)
         leaves = sorted((k, self._leaf(p)) for k, p in owners.items())
-        double = any(self._leaf(p).dtype == torch.float64 for p in every)
-        held = {k: self.state[p] for k, p in owners.items() if p in self.state}
+        double = any(self._leaf(p).dtype == torch.float64 for p in every.values())
+        held = {k: self._held(self.state[p]) for k, p in owners.items() if p in self.state}
         if any(is_sharded(p) for _, p in leaves):
             make, joining = partial(self.transform, group), None if index in self._apart else held
             units = sharded.units(make, leaves, double, group["foreach"], group["nonfinite"], joining)
@@ -406,14 +486,36 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for unit in units:
             unit.varied = index in self._apart
             unit.rule = self.rule(group, unit)
-            values = {k: {n: x for n, x in held[k].items() if n not in EMA} for k in unit.parameters if k in held}
-            unit.take({k: v for k, v in values.items() if v})
-        for unit in units:
-            self._new += [owners[k] for k in unit.parameters if k not in held]
-            for k in unit.parameters:
-                unit.shown[k].update({n: x for n, x in held.get(k, {}).items() if n in EMA})
-                self.state[owners[k]] = unit.shown[k]
+        taken = [unit.take({k: held[k] for k in unit.parameters if k in held}, loaded) for unit in units]
+        self._show(list(zip(units, taken, strict=True)), owners)
         return units
+
+    def _show(self, units: Iterable[tuple[Unit, dict[str, set[str]]]], owners: Mapping[str, Tensor]) -> None:
+        """Put the entries of units into `state`, in place of those that they took and of what the rule had before."""
+        for unit, taken in units:
+            for k, entries in unit.entries.items():
+                p, ours = owners[k], taken.get(k, set())
+                if not ours:
+                    self._new[p] = dict(self.state[p]) if p in self.state else None
+                if not isinstance(self.state.get(p), dict):
+                    self.state[p] = dict(self.state.get(p, {}))
+                state = self.state[p]
+                gone = ours | self._names_of.get(p, set()) | {n for n in state if n in COUNTERS or is_auxiliary(n)}
+                for n in [n for n in gone if n in state and n not in entries]:
+                    del state[n]
+                state.update(entries)
+                self._names_of[p] = set(entries)
+        numbers = {id(p): i for i, p in enumerate(self.state)}
+        for unit, _ in units:
+            unit.settle({k: (numbers[id(owners[k])], self.state[owners[k]]) for k in unit.entries})
+
+    def _forget_new(self) -> None:
+        """Leave the parameters whose first step failed as they were."""
+        for p, before in self._new.items():
+            self.state.pop(p, None)
+            if before is not None:
+                self.state[p] = before
+        self._new = {}
 
     def _unit(self, group: dict[str, Any], leaves: Leaves, double: bool, held: dict[str, Any], index: int) -> Unit:
         tx, policy = self.transform(group), group["nonfinite"]
@@ -431,7 +533,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         leaves that have an owner, shards on all ranks, which all must call."""
 
         def wanted(n: str) -> bool:
-            return names is None or n.rpartition(".")[2] in names
+            return names is None or str(n).rpartition(".")[2] in names
 
         every = [unit for _, found in self._units.values() for unit in found] if units is None else units
         shards: dict[Tensor, dict[str, Any]] = {}
@@ -439,8 +541,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if isinstance(unit, sharded.OwnedUnit):
                 entries = unit.presented(wanted)
                 for k, p in unit.parameters.items():
-                    if self.state.get(p) is unit.shown[k]:
-                        rest = {n: x for n, x in unit.shown[k].items() if n in EMA and wanted(n)}
+                    if self.state.get(p) is unit.held.get(k):
+                        rest = {n: x for n, x in unit.held[k].items() if n not in unit.expected[k] and wanted(n)}
                         shards[p] = {**entries[k], **rest}
         return shards
 
@@ -457,14 +559,20 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Names of a group's parameters: given ones, or their numbers over all groups."""
         group = self.param_groups[index]
         if "param_names" in group:
-            return list(group["param_names"])
+            names, count = list(group["param_names"]), len(group["params"])
+            if len(names) != count:
+                raise ValueError(
+                    f"param_groups[{index}] has {count} params and {len(names)} param_names, expected a name for each: "
+                    "use add_param_group, or change both"
+                )
+            return names
         first = sum(len(g["params"]) for g in self.param_groups[:index])
         return [str(first + i) for i in range(len(group["params"]))]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim's. Raises TypeError for a parameter that is no real floating point tensor, ValueError for one
-        that is there twice and for an option out of range; the groups are then as they were."""
-        options = {k: self._resolved(k, v) for k, v in param_group.items()}
+        """As torch.optim's. Raises TypeError for a parameter that requires grad and cannot be stepped, ValueError for
+        one that is there twice and for an option out of range; the groups are then as they were."""
+        options = {**self.more_defaults, **{k: self._resolved(k, v) for k, v in param_group.items()}}
         if isinstance(options.get("params"), (list, tuple)):
             self._settle_names(options)
         super().add_param_group(options)
@@ -492,7 +600,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _checked(self, group: dict[str, Any], names: list[str]) -> None:
         """Raise for an option of a group that is out of range, and a parameter that its transform cannot step."""
-        for name, p in zip(names, group["params"], strict=True):
+        steppable = [(name, p) for name, p in zip(names, group["params"], strict=True) if p.requires_grad]
+        for name, p in steppable:  # others may be what they are, as long as they have no gradient
             check_dtype(name, p, elementwise=True)
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             raise ValueError(f"param_names={short(names)}: expected different strings")
@@ -502,8 +611,42 @@ class StatefulOptimizer(torch.optim.Optimizer):
         random.key(group["seed"])  # raises for what is none
         tx = self.transform(group)
         guarded(tx, group["nonfinite"])
-        for name, p in zip(names, group["params"], strict=True):
+        for name, p in steppable:
             check_dtype(name, p, tx.elementwise)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def replace_parameter(self, old: Tensor, new: Tensor, rows: Tensor | None = None) -> None:
+        """Put `new`, which has other rows, in the place of the parameter `old`, and take its state along.
+
+        rows: which rows of `old` the first ones of `new` are: their numbers, or for each row of `old` whether it stays;
+            by default the first ones. State of further rows starts afresh; so do factors that mix rows.
+
+            new = torch.nn.Parameter(torch.cat([old[keep], split]))
+            optimizer.replace_parameter(old, new, keep)
+
+        Raises ValueError where `old` is not in the optimizer, or `new` is, or their shapes differ beyond the rows.
+        """
+        where = {id(p): (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
+        if id(old) not in where or id(new) in where:
+            raise ValueError("replace_parameter(old, new): expected a parameter of the optimizer, and one that is not")
+        if is_sharded(old) or is_sharded(new):
+            raise TypeError("replace_parameter(old, new): got a DTensor, expected plain tensors")
+        i, j = where[id(old)]
+        group, name = self.param_groups[i], self._names(i)[j]
+        tx, rows = self.transform(group), checked_rows(old, new, rows)
+        check_dtype(name, new, tx.elementwise)
+        if old in self.state:
+            before, after = self._leaf(old).detach(), self._leaf(new).detach()
+            leaves = Leaves({name: after})
+            layout = {} if tx.layout is None else tx.layout(leaves)
+            views = guard_views(guarded(tx, group["nonfinite"]).init(leaves), layout, [name], group["nonfinite"])
+            state = resized(self.state[old], views[name], before, after, rows)
+            del self.state[old]
+            self.state[new] = state
+        for known in (self._pairs, self._names_of):
+            known.pop(old, None)
+        group["params"][j] = new
 
     # The average of the parameters.
 
@@ -555,7 +698,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """As torch.optim's, with functions in param groups by their names only, so that
         `torch.load(weights_only=True)` takes it. Of sharded parameters, DTensors, the same entries on all ranks, which
         all must call."""
+        listed = {p for group in self.param_groups for p in group["params"]}
         with self._showing_all():
+            # A parameter that is in no group any more has no number to save its state by.
+            for p in [p for p in self.state if isinstance(p, Tensor) and p not in listed]:
+                del self.state[p]
             return checkpoint.without_functions(checkpoint.unshared(super().state_dict()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -571,7 +718,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict is {type(state_dict).__name__}, expected a dict")
-        before = {"state": self.state, "param_groups": self.param_groups, "_units": self._units}
+        before: dict[str, Any] = {k: getattr(self, k) for k in ("state", "param_groups", "_units", "_forms")}
+        before["_names_of"] = dict(self._names_of)
         hold = self.register_load_state_dict_pre_hook(checkpoint.hold)  # last in line: a user's hooks see tensors
         try:
             super().load_state_dict(state_dict)
@@ -591,7 +739,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 "_units": {},
                 "_apart": set(),
                 "_pairs": {},
-                "_new": [],
+                "_new": {},
+                "_names_of": {},
+                "_forms": {},
                 "_graphs": deque(maxlen=_KEPT),
             }
             super().__setstate__({"_unseeded": False, **state, **own})
@@ -600,16 +750,24 @@ class StatefulOptimizer(torch.optim.Optimizer):
             checkpoint.merged(mine, loaded, f"param_groups[{i}]")
             for i, (mine, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True))
         ]
-        super().__setstate__({"state": checkpoint.released(state["state"]), "param_groups": groups, "_units": {}})
+        released = checkpoint.released(state["state"])
+        super().__setstate__({"state": released, "param_groups": groups, "_units": {}, "_forms": {}})
         for i, group in enumerate(groups):
             self._checked(group, self._names(i))
             if any(self.state.get(p) for p in group["params"]):
-                built = self._built(i, group)  # raises for a state that does not fit
+                built = self._built(i, group, loaded=True)  # raises for a state that does not fit
                 # Which small leaves can be joined is known at the first step, when there are gradients.
                 self._units[i] = None if self.transform(group).elementwise else self._key(group), built
+                self._forms[i] = _forms(self.members(group))
 
 
 utils.StatefulOptimizer = StatefulOptimizer
+
+Forms = tuple[list[torch.dtype], list[torch.Size], list[torch.device]]  # of a list of tensors
+
+
+def _forms(tensors: Sequence[Tensor]) -> Forms:
+    return [x.dtype for x in tensors], [x.shape for x in tensors], [x.device for x in tensors]
 
 
 def _default_seed() -> int:

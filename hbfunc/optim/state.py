@@ -1,12 +1,18 @@
 """Between the two views of one state: a transform's nested dicts, and torch.optim's dict of tensors per parameter.
 
 Both views share memory: entries of a parameter's dict are the tensors of the functional state, or rows of its stacks.
-A stateful step writes in place, so neither view ever goes stale.
+A stateful step writes in place, so neither view goes stale. Where they part, because somebody has put another tensor or
+other memory into a parameter's dict, the dict is right, and its values are adopted.
+
+"hyper" is a key of the structure where its value is a dict, and the name of a leaf where it is a tensor: parameters may
+be called as they please.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -17,6 +23,9 @@ from hbfunc.leaves import Layout, State
 
 Place = tuple[str, ...]  # keys from the root of a state to one of its tensors
 EMA = ("ema", "ema_count")  # entries of `state[p]` that belong to the class, not to its transform
+
+AUXILIARY = ("rounding", "storage")  # what rounds the results of a rule, and is no part of it: see hbfunc.precision
+_DTYPE = re.compile(r"_(float64|float32|bfloat16|float16)(?=_\d+$|$)")  # in the name of a stack
 
 
 def places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
@@ -31,10 +40,11 @@ def places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
 def hyper_places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
     """Every hyperparameter of a state with its place, wherever in nested chains it is."""
     for key, value in state.items():
-        if key == "hyper" and isinstance(value, dict):
-            yield from (((*prefix, key, name), tensor) for name, tensor in value.items())
-        elif isinstance(value, dict):
-            yield from hyper_places(value, (*prefix, key))
+        if isinstance(value, dict):
+            if key == "hyper":
+                yield from (((*prefix, key, name), tensor) for name, tensor in value.items())
+            else:
+                yield from hyper_places(value, (*prefix, key))
 
 
 def hyper_names(found: Iterable[Place]) -> dict[Place, str]:
@@ -74,61 +84,71 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
     """path -> name -> view: what `optimizer.state[p]` shows.
 
     A tensor is named by the place of its dict without the transforms' names ("exp_avg"), or with them where that is
-    ambiguous ("scale_by_adam_2.exp_avg"), or where an entry of the class has the name ("transform.ema"). A parameter
-    sees its rows of a stack, and the tensors that it shares with others (a key). What it sees does not depend on which
-    others there are, so checkpoints fit with and without foreach.
+    ambiguous ("scale_by_adam_2.exp_avg"), or where an entry of the class has the name ("transform.ema"). What rounds
+    the results has names of its own ("rounding.count"). A parameter sees its rows of a stack, and the tensors that it
+    shares with others (a key). What it sees does not depend on which others there are, so checkpoints fit with and
+    without foreach.
     """
     found = located(state, layout, paths)
-    owners: dict[tuple[str, str], set[Place]] = {}
+    owners: dict[tuple[str, Place], set[Place]] = defaultdict(set)
     for name, path, _ in found:
-        owners.setdefault((path, name[-1]), set()).add(name)
+        owners[path, _short(name)].add(name)
     views: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
     for name, path, view in found:
-        plain = len(owners[path, name[-1]]) == 1 and name[-1] not in EMA
+        short = _short(name)
+        plain = len(owners[path, short]) == 1 and short[-1] not in EMA
         full = ("transform", *name) if name[0] in EMA else name
-        views[path][name[-1] if plain else ".".join(full)] = view
+        views[path][".".join(short if plain else full)] = view
     return views
+
+
+def _short(name: Place) -> Place:
+    """The last part of a name; of what is auxiliary also the transform's."""
+    return next((name[i:] for i, key in enumerate(name[:-1]) if key in AUXILIARY), name[-1:])
 
 
 def located(state: State, layout: Layout, paths: list[str]) -> list[tuple[Place, str, Tensor]]:
     """What `per_parameter` shows, as (place of the dict, or of the tensor where this has several; path; view)."""
     found: list[tuple[Place, str, Tensor]] = []  # name, path, view
+    known = set(paths)
     for place, value in places(state):
-        rows = _rows(layout, place)
+        rows = rows_of(layout, place)
         if rows is not None:
             for path in dict.fromkeys(rows):
                 first, count = rows.index(path), rows.count(path)
                 name = place[:-1] if _buckets(layout, place, path) == 1 else place
                 found.append((name, path, value[first] if count == 1 else value[first : first + count]))
-        elif place[-1] in paths and _by_leaf(state, place, paths):
+        elif by_leaf(_node(state, place), known):
             found.append((place[:-1], place[-1], value))
         else:
-            found += [(place, path, value) for path in _sharing(state, place, paths)]
+            found += [(place, path, value) for path in _sharing(_node(state, place), paths)]
     return found
 
 
-def _by_leaf(state: State, place: Place, paths: Sequence[str]) -> bool:
-    """Whether the dict around a place has an entry for each leaf, and is not a transform's, whose keys may be called
-    like a leaf."""
-    node = state
-    for key in place[:-1]:
-        node = node[key]
-    return all(key in paths and not isinstance(value, dict) for key, value in node.items())
+def by_leaf(node: Mapping[str, Any], paths: Collection[str]) -> bool:
+    """Whether a dict of a state has a tensor for each of some leaves, and is no part of the structure: a leaf may be
+    called "key", and one of the structure's dicts that has a "key" has dicts too."""
+    return all(k in paths and not isinstance(x, dict) for k, x in node.items())
 
 
-def _sharing(state: State, place: Place, paths: list[str]) -> list[str]:
-    """The parameters that share the tensor at a place: those with entries beside it, or all where none have any."""
-    node = state
+def _node(state: State, place: Place) -> State:
+    """The dict that holds the tensor at a place."""
     for key in place[:-1]:
-        node = node[key]
-    entries = {k: x for k, x in node.items() if isinstance(x, dict) and k != "inner"}
-    if any(not x for x in entries.values()):
+        state = state[key]
+    return state
+
+
+def _sharing(node: State, paths: list[str]) -> list[str]:
+    """The parameters that share a tensor in `node`: those with entries beside it, or all where none have any."""
+    known = set(paths)
+    dicts = {k: x for k, x in node.items() if isinstance(x, dict)}
+    if any(not x for k, x in dicts.items() if k != "inner"):
         return []  # a part of the transform that has no leaf now: nobody's, or others' names would depend on it
-    mine = {path for x in node.values() if isinstance(x, dict) for path in x}
+    mine = {path for x in dicts.values() if by_leaf(x, known) for path in x}
     return [path for path in paths if path in mine] or paths
 
 
-def _rows(layout: Layout, place: Place) -> tuple[str, ...] | None:
+def rows_of(layout: Layout, place: Place) -> tuple[str, ...] | None:
     """The paths of the rows of the stack at a place, or None where there is no stack."""
     node = layout
     for key in place:
@@ -146,7 +166,45 @@ def _buckets(layout: Layout, place: Place, path: str) -> int:
     return sum(path in rows for rows in node.values())
 
 
-def adopt(views: dict[str, dict[str, Tensor]], values: Mapping[str, Mapping[str, Tensor]]) -> None:
+def fitting(entries: Mapping[str, Any], view: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which of the entries of a parameter's dict belong to its rule, which shows `view`: their names by those there.
+
+    Names may differ in the transforms' names in front, where other options made them ambiguous, and those of stacks in
+    their dtype. Whatever else there is belongs to others.
+    """
+    found = {name: name for name in view if name in entries}
+    rest = [other for other in entries if other not in view and isinstance(other, str)]
+    for same in (_matches, lambda a, b: _DTYPE.sub("", a) == _DTYPE.sub("", b)):
+        for name in [name for name in view if name not in found]:
+            candidates = [other for other in rest if same(name, other)]
+            if candidates:  # of several the first, as of a rule and what comes behind it
+                rest.remove(candidates[0])
+                found[name] = candidates[0]
+    return found
+
+
+def _matches(a: str, b: str) -> bool:
+    """Whether one of two names is the other with transforms' names in front."""
+    return a.endswith(f".{b}") or b.endswith(f".{a}")
+
+
+def is_auxiliary(name: Any) -> bool:
+    """Whether an entry of this name is of what rounds the results of a rule."""
+    return isinstance(name, str) and name.partition(".")[0] in AUXILIARY and "." in name
+
+
+def check_whole(
+    path: str, entries: Mapping[str, Any], view: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> None:
+    """Raise where a parameter has some entries of its rule and lacks others. What is auxiliary may start afresh."""
+    if not entries:
+        return
+    for name in view:
+        if name not in entries and name not in optional and not is_auxiliary(name):
+            raise ValueError(f"state of parameter {path!r} lacks {name!r}: expected {', '.join(view)}")
+
+
+def adopt(views: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Copy per-parameter values into the views of a fresh state. Raises before the first copy if anything is amiss."""
     check(views, values)
     with torch.no_grad():
@@ -156,15 +214,10 @@ def adopt(views: dict[str, dict[str, Tensor]], values: Mapping[str, Mapping[str,
 
 
 def check(views: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise unless the per-parameter values fit the views."""
+    """Raise unless the per-parameter values fit the views of these names."""
     for path, entries in values.items():
-        expected = views[path]
-        for name in {**expected, **entries}:
-            if name not in entries:
-                raise ValueError(f"state of parameter {path!r} lacks {name!r}: expected {', '.join(expected)}")
-            if name not in expected:
-                raise ValueError(f"state of parameter {path!r} has an unknown {name!r}: expected {', '.join(expected)}")
-            value, view = entries[name], expected[name]
+        for name, value in entries.items():
+            view = views[path][name]
             if not isinstance(value, Tensor):
                 raise TypeError(f"state of parameter {path!r}: {name!r} is {type(value).__name__}, expected a tensor")
             fits = value.dtype == view.dtype or (value.is_floating_point() and view.is_floating_point())
@@ -175,8 +228,21 @@ def check(views: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mappin
             if value.shape != view.shape or not fits:
                 raise ValueError(
                     f"state of parameter {path!r}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, "
-                    f"expected {view.dtype} of shape {tuple(view.shape)}"
+                    f"expected {view.dtype} of shape {tuple(view.shape)}: delete an entry to start it afresh, or see "
+                    "`replace_parameter`"
                 )
+
+
+def own_storage(view: Tensor) -> Tensor:
+    """A tensor over the same memory that is no view: torch.save writes its own bytes only, and `.data =` frees it."""
+    if not view.numel():
+        return view.clone()
+    return torch.from_dlpack(view) if type(view) is Tensor and not view.is_meta else view.detach()
+
+
+def shares_memory(x: Tensor) -> bool:
+    """Whether `own_storage` of parts of x, a stack or a flat tensor, keeps x itself alive."""
+    return type(x) is Tensor and not x.is_meta and x.ndim > 0 and x.numel() > 0
 
 
 def mapped(values: Mapping[str, Mapping[str, Any]], fn: Callable[[str, str, Any], Any]) -> dict[str, dict[str, Any]]:

@@ -90,8 +90,9 @@ class FromTransform(Averaging, WithCurvature):
 
     def _initial(self, group: dict[str, Any], names: list[str]) -> State:
         """A first state of a group's transform."""
-        here = [local(self._leaf(p)) for p in group["params"]]  # of DTensors the shards, for less memory
-        leaves = Leaves(sorted(zip(names, here, strict=True)))
+        named = zip(names, group["params"], strict=True)
+        steppable = [(k, p) for k, p in named if p.requires_grad or p.is_floating_point()]
+        leaves = Leaves(sorted((k, local(self._leaf(p))) for k, p in steppable))  # of DTensors the shards
         return self.transform(group).init(leaves)
 
     def check_hyperparameter(self, name: str, value: Any) -> None:

@@ -51,9 +51,9 @@ class RecipeOptimizer(BaseOpt):
         recipe: Callable[..., Transform] | None = None,
         foreach_before: str | None = None,
         title: str | None = None,
-        **more: Any,
+        **others: Any,
     ) -> None:
-        super().__init_subclass__(**more)
+        super().__init_subclass__(**others)
         if recipe is None and "recipe" in vars(cls):
             recipe = cls.recipe  # as an attribute
         if recipe is not None:
@@ -62,6 +62,9 @@ class RecipeOptimizer(BaseOpt):
             cls.title = recipe.__name__
             if "betas" in cls.options_of_recipe:
                 cls.number_of_betas = len(cls.options_of_recipe["betas"].default)
+            # Tells checkpoints of different classes apart.
+            more = [vars(base).get("more_defaults", {}) for base in reversed(cls.__mro__)]
+            cls.more_defaults = {**{k: v for each in more for k, v in each.items()}, "rule": recipe.__name__}
         if title is not None:
             cls.title = title
             OPTIMIZERS[title] = cls
@@ -81,7 +84,6 @@ class RecipeOptimizer(BaseOpt):
         bound.apply_defaults()
         options = dict(bound.arguments)
         params, foreach, seed = (options.pop(name) for name in ("params", "foreach", "seed"))
-        options["rule"] = self.recipe.__name__  # tells checkpoints of different classes apart
         StatefulOptimizer.__init__(self, params, options, foreach, seed=seed)
 
     @classmethod

@@ -1,0 +1,87 @@
+"""The state of a parameter that is replaced by one with other rows: pruned, grown, or both, as in densification."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc.optim.state import fitting
+
+_FACTOR = re.compile(r"(.*\.)?(GG|Q|QQ)_(\d+)$")
+
+
+def checked_rows(old: Tensor, new: Tensor, rows: Tensor | None) -> Tensor:
+    """Numbers of the rows of `old` that the first rows of `new` are. Raises ValueError where that cannot be."""
+    if new.ndim != old.ndim or not new.ndim or new.shape[1:] != old.shape[1:]:
+        raise ValueError(
+            f"new has shape {tuple(new.shape)}, expected that of the old parameter, {tuple(old.shape)}, but for rows"
+        )
+    if rows is None:
+        return torch.arange(min(len(old), len(new)), device=old.device)
+    if rows.dtype == torch.bool and rows.shape == (len(old),):
+        rows = rows.nonzero().flatten()
+    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)}, expected row numbers, or a bool for each")
+    if len(rows) > len(new) or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(old)):
+        raise ValueError(f"rows: expected at most {len(new)} numbers from 0 to {len(old) - 1}")
+    return rows.to(old.device)
+
+
+def resized(
+    entries: Mapping[str, Any], fresh: Mapping[str, Tensor], old: Tensor, new: Tensor, rows: Tensor
+) -> dict[str, Any]:
+    """What `state[p]` is to hold for `new`.
+
+    fresh: the rule's entries for it. What belongs to rows goes along with them, and is fresh in new ones; what belongs
+    to the parameter stays; factors that mix rows begin anew, and moments that live in their basis are put back first.
+    """
+    names = fitting(entries, fresh)
+    held = {n: entries[there] for n, there in names.items()}
+    held = _without_factors(_rotated_back(held))
+    found: dict[str, Any] = {k: x for k, x in entries.items() if k not in names.values()}
+    for k, x in found.items():  # the class's average, and what others have
+        if isinstance(x, Tensor) and x.shape == old.shape:
+            found[k] = _rows(x, new.detach() if k == "ema" else torch.zeros_like(new), rows)
+    for name, start in fresh.items():
+        x = held.get(name)
+        if x is None:
+            found[name] = start
+        elif x.shape == start.shape and not (x.ndim and len(x) == len(old)):
+            found[name] = x
+        elif x.ndim and start.ndim and len(x) == len(old) and x.shape[1:] == start.shape[1:]:
+            found[name] = _rows(x, start, rows)
+        else:
+            found[name] = start
+    return found
+
+
+def _rows(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
+    kept = x.index_select(0, rows).to(start.dtype)
+    return torch.cat([kept, start[len(rows) :]])
+
+
+def _without_factors(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Less the factors: SOAP's of the rows, and all of PSGD's, which share a scale."""
+    soap = any(name.rpartition(".")[2].startswith("GG_") for name in entries)
+    return {
+        name: x
+        for name, x in entries.items()
+        if not (factor := _FACTOR.match(name)) or (soap and factor.group(3) != "0")
+    }
+
+
+def _rotated_back(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SOAP's moments, with the rows in place of their eigenvectors: the second one approximately."""
+    q = entries.get("Q_0")
+    if q is None or "GG_0" not in entries or q.ndim != 2:
+        return dict(entries)
+    found = dict(entries)
+    for name, basis in (("exp_avg", q), ("exp_avg_sq", q.square())):
+        x = entries.get(name)
+        if x is not None and x.ndim and len(x) == len(q):
+            found[name] = (basis.to(x.dtype) @ x.reshape(len(x), -1)).reshape(x.shape)
+    return found
