@@ -376,7 +376,8 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
             new, after = inner.update(state["inner"], given["mean"], params, **extras)
             moving = {k: ended[k] & x for k, x in had.items()}
             layout = {} if inner.layout is None else inner.layout(params)
-            after = select_leaves(moving, after, state["inner"], layout, last)
+            stepped = last & torch.stack([x.to(last.device) for x in had.values()]).any() if had else last
+            after = select_leaves(moving, after, state["inner"], layout, stepped)
         counts = {"count": count}
         if not fixed:
             counts["gathered"] = torch.where(last, 0, gathered)

@@ -406,7 +406,8 @@ def select_leaves(
     ok: Flat, new: State, old: State, layout: Mapping[str, Any] | tuple[str, ...], shared: Tensor | None = None
 ) -> State:
     """new for the leaves that are ok, else old: entries by path, and rows of stacks. What no leaf owns is new, or goes
-    by the condition `shared`."""
+    by the condition `shared`. Beside a dict nothing is a leaf's: a rule's number may be called as a leaf is."""
+    by_leaf = not any(isinstance(x, dict) for x in new.values())
     selected: State = {}
     for k, x in new.items():
         part = layout.get(k, {}) if isinstance(layout, Mapping) else {}
@@ -416,7 +417,7 @@ def select_leaves(
             always = torch.ones((), dtype=torch.bool, device=x.device) if shared is None else shared.to(x.device)
             rows = torch.stack([ok.get(path, always) for path in part])
             selected[k] = torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, old[k])
-        elif k in ok and old[k] is not None:
+        elif by_leaf and k in ok and old[k] is not None:
             selected[k] = torch.where(ok[k], x, old[k])
         elif shared is None or old[k] is None:
             selected[k] = x

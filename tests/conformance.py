@@ -398,6 +398,7 @@ def quadratic(v: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 # -- the table ------------------------------------------------------------------------------------------------------
 
+HERE = Path(__file__).parent
 TABLE: list[Row] = [
     *first_order(hbfunc.adamw),
     *first_order(hbfunc.laprop),
@@ -411,5 +412,10 @@ TABLE: list[Row] = [
     *soap(),
     *psgd(),
 ]
-FAMILIES = sorted(path.stem for path in Path(__file__).with_name("families").glob("*.py"))
-TABLE += [row for name in FAMILIES for row in importlib.import_module(f"families.{name}").ROWS]
+FAMILIES = {path.stem: importlib.import_module(f"families.{path.stem}") for path in sorted(HERE.glob("families/*.py"))}
+TABLE += [row for family in FAMILIES.values() for row in family.ROWS]
+
+
+def rates(recipe: str) -> tuple[float, float]:
+    """A low and a high learning rate at which a recipe trains."""
+    return getattr(FAMILIES.get(recipe), "RATES", (4e-3, 3e-2))

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tables import CLASSES, ELEMENTWISE, MATRIX_RECIPES, TWINS, built
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -30,12 +31,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import hbfunc
 
 WORLD = 4
-CLASSES = {
-    c.__name__: c
-    for name, c in vars(hbfunc).items()
-    if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and name not in ("FromTransform", "MatricesTo")
-}
-KINDS = ("ForeachAdamW", "ForeachSFAdamW", "ForeachMuon", "MuonLaProp", "ForeachSOAP", "ForeachPSGDKron")
+# On most days: elementwise classes are stepped by the same code, and flags change no placement.
+KINDS = (
+    "ForeachAdamW",
+    "ForeachSFAdamW",
+    *(name for name, (_, flags) in TWINS.items() if not flags and name not in ELEMENTWISE),
+)
 
 
 class Hostile(nn.Module):
@@ -422,15 +423,12 @@ def check_nested_state_dict(ranks):
 
 
 RECIPES = {
-    "adamw": lambda: hbfunc.adamw(lr=0.01, weight_decay=0.1),
-    "sfadamw": lambda: hbfunc.sfadamw(lr=0.01),
-    "adopt": lambda: hbfunc.adopt(lr=0.01),
-    "laprop": lambda: hbfunc.laprop(lr=0.01, mars=True),
-    "rmsprop": lambda: hbfunc.rmsprop(lr=0.01),
-    "muon": lambda: hbfunc.muon(lr=0.01),
-    "muon_laprop": lambda: hbfunc.muon_laprop(lr=0.01),
-    "soap": lambda: hbfunc.soap(lr=0.01),
-    "psgd_kron": lambda: hbfunc.psgd_kron(lr=0.01, momentum_into_precond_update=False),
+    **built(
+        0.01,
+        adamw={"weight_decay": 0.1},
+        laprop={"mars": True},
+        psgd_kron={"momentum_into_precond_update": False},
+    ),
     "matrices_to": lambda: hbfunc.matrices_to(hbfunc.muon(lr=0.01), rest=hbfunc.adamw(lr=0.01)),
     "clipped": lambda: hbfunc.adamw(lr=0.01, gradient_clipping="l2_clip_", caution=True),
     "stored": lambda: hbfunc.adamw(lr=0.01, storage_dtype="bfloat16"),
@@ -440,7 +438,7 @@ RECIPES = {
 }
 
 
-SOME = ("sfadamw", "muon", "soap", "psgd_kron", "matrices_to", "stored", "finite", "finite leaves")  # on most days
+SOME = ("sfadamw", *MATRIX_RECIPES, "matrices_to", "stored", "finite", "finite leaves")  # on most days
 
 
 def functional(tx, params, state, start=0, steps=4, poison=None):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tables import built
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -451,18 +452,14 @@ def test_a_pattern_of_absence_as_a_class(name: str, pattern: str, how: str) -> N
         assert_close({k: p.detach() for k, p in own.items()}, {k: p.detach() for k, p in loop.params.items()})
 
 
-RECIPES = {
-    "adamw": lambda: hbfunc.adamw(lr=0.1, weight_decay=0.1, caution=True, mars=True),
-    "laprop": lambda: hbfunc.laprop(lr=0.1, warmup_steps=3),
-    "rmsprop": lambda: hbfunc.rmsprop(lr=0.1, palm=True),
-    "adopt": lambda: hbfunc.adopt(lr=0.1),
-    "sfadamw": lambda: hbfunc.sfadamw(lr=0.1, weight_decay=0.1),
-    "muon": lambda: hbfunc.muon(lr=0.1),
-    "muon_laprop": lambda: hbfunc.muon_laprop(lr=0.1),
-    "soap": lambda: hbfunc.soap(lr=0.1, precondition_frequency=2),
-    "psgd_kron": lambda: hbfunc.psgd_kron(lr=0.1, preconditioner_update_probability=0.5),
-    "matrices_to": lambda: hbfunc.matrices_to(hbfunc.soap(lr=0.1), rest=hbfunc.sfadamw(lr=0.1)),
-}
+RECIPES = built(
+    adamw={"weight_decay": 0.1, "caution": True, "mars": True},
+    laprop={"warmup_steps": 3},
+    rmsprop={"palm": True},
+    sfadamw={"weight_decay": 0.1},
+    soap={"precondition_frequency": 2},
+    psgd_kron={"preconditioner_update_probability": 0.5},
+) | {"matrices_to": lambda: hbfunc.matrices_to(hbfunc.soap(lr=0.1), rest=hbfunc.sfadamw(lr=0.1))}
 
 
 def windows(grads: Sequence[Grads], steps: int) -> list[Grads]:

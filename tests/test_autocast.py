@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from conformance import TABLE
+from tables import CLASSES, MATRIX_RECIPES
 from torch import nn
 
 import hbfunc
@@ -20,7 +21,6 @@ ROWS = [
     if "-" not in row.name
     or row.name.endswith(("combined", "unpacked", "cached", "split", "svd", "curvature", "drawn"))
 ]
-CLASSES = ["AdamW", "LaProp", "ADOPT", "RMSprop", "SFAdamW", "Muon", "MuonLaProp", "SOAP", "PSGDKron", "CachedPSGDKron"]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_a_step_of_a_class(name, mode, monkeypatch):
     same(*ends)
 
 
-@pytest.mark.parametrize("rule", ["muon", "soap", "psgd_kron"])
+@pytest.mark.parametrize("rule", MATRIX_RECIPES)
 def test_wrapped_transforms(rule):
     ends = []
     for inside in (False, True):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from tables import CLASSES, TWINS
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -24,25 +25,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import hbfunc
 from hbfunc import utils
 
-CLASSES = [
-    "ForeachAdamW",
-    "ForeachRMSprop",
-    "ForeachSFAdamW",
-    "PaLMForeachSFAdamW",
-    "ForeachADOPT",
-    "ForeachLaProp",
-    "ForeachMuon",
-    "MuonLaProp",
-    "ForeachSOAP",
-    "PaLMForeachSOAP",
-    "PrecondScheduleForeachSOAP",
-    "PrecondSchedulePaLMForeachSOAP",
-    "ForeachPSGDKron",
-    "ForeachPurePSGD",
-    "ForeachDelayedPSGD",
-    "ForeachCachedPSGDKron",
-    "ForeachCachedDelayedPSGDKron",
-]
 every_class = pytest.mark.parametrize("name", CLASSES)
 families = pytest.mark.parametrize("name", ["ForeachAdamW", "ForeachMuon", "ForeachSOAP", "ForeachPSGDKron"])
 X, Y = torch.linspace(-1, 1, 24).reshape(8, 3), torch.linspace(0, 1, 16).reshape(8, 2)
@@ -276,12 +258,7 @@ def test_closures_in_the_style_of_lbfgs():
 def test_parametrizations(name, parametrization):
     torch.manual_seed(2)
     model = getattr(parametrizations, parametrization)(torch.nn.Linear(3, 3))
-    recipe = {
-        "ForeachAdamW": hbfunc.adamw,
-        "ForeachMuon": hbfunc.muon,
-        "ForeachSOAP": hbfunc.soap,
-        "ForeachPSGDKron": hbfunc.psgd_kron,
-    }[name]
+    recipe, _ = TWINS[name]
     optimizer = getattr(hbfunc, name)(model.named_parameters(), lr=0.01, seed=1)
     functional = Functional(recipe, model, lr=0.01, seed=1)
     for _ in range(3):

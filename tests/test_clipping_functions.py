@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tables import RECIPES
 from torch import Tensor
 
 import hbfunc
-from hbfunc.contract import Transform
 
 MATRIX, VECTOR = torch.eye(3) + 1, torch.ones(3)
 
@@ -28,10 +28,6 @@ class Seen:
         return [x / len(tensors) for x in tensors]
 
 
-RECIPES: dict[str, Callable[..., Transform]] = {
-    name: getattr(hbfunc, name)
-    for name in ("adamw", "laprop", "adopt", "rmsprop", "sfadamw", "muon", "muon_laprop", "soap", "psgd_kron")
-}
 OPTIONS = ("gradient_clipping", "update_clipping")
 
 

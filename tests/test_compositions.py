@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import built
 from test_precision import assert_between
 from torch import Tensor
 
@@ -523,13 +524,8 @@ def test_a_wrapper_at_its_neutral_setting_is_neutral(data: st.DataObject, seed: 
             torch.testing.assert_close(got[k], want[k], rtol=1e-12, atol=1e-14, msg=lambda text: f"{t}, {k}: {text}")
 
 
-MATRIX_RECIPES: dict[str, Callable[[], Transform]] = {
-    "adopt": lambda: hbfunc.adopt(0.1, weight_decay=0.1),
-    "laprop": lambda: hbfunc.laprop(0.1),
-    "muon": lambda: hbfunc.muon(0.1),
-    "muon_laprop": lambda: hbfunc.muon_laprop(0.1),
-    "soap": lambda: hbfunc.soap(0.1),
-    "psgd_kron": lambda: hbfunc.psgd_kron(0.1),
+MAKERS: dict[str, Callable[[], Transform]] = {
+    **built(adopt={"weight_decay": 0.1}),
     "matrices_to": lambda: hbfunc.matrices_to(hbfunc.soap(0.1)),
 }
 
@@ -538,10 +534,10 @@ ALWAYS_NEUTRAL = NEUTRAL | NEUTRAL_WITH_ALL_GRADIENTS | NEUTRAL_BEHIND_A_RATE
 
 
 @pytest.mark.parametrize("name", ALWAYS_NEUTRAL)
-@pytest.mark.parametrize("recipe", MATRIX_RECIPES)
+@pytest.mark.parametrize("recipe", MAKERS)
 def test_neutral_wrappers_around_every_recipe(recipe: str, name: str) -> None:
-    plain = MATRIX_RECIPES[recipe]()
-    wrapped = ALWAYS_NEUTRAL[name](MATRIX_RECIPES[recipe]())
+    plain = MAKERS[recipe]()
+    wrapped = ALWAYS_NEUTRAL[name](MAKERS[recipe]())
     absent = 0.0 if name in NEUTRAL_WITH_ALL_GRADIENTS else 0.25
     for got, want in zip(run(wrapped, 1, absent=absent), run(plain, 1, absent=absent), strict=True):
         for k in want:
@@ -633,7 +629,7 @@ ALL_WRAPPERS: dict[str, Callable[[Transform], Transform]] = {
     "as a hyperparameter": lambda tx: hbfunc.with_hyperparameters(lambda n: hbfunc.chain(tx), n=1.0),
 }
 PROBES: dict[str, Callable[[], Transform]] = {
-    **MATRIX_RECIPES,
+    **MAKERS,
     "adamw": hbfunc.adamw,
     "sfadamw": hbfunc.sfadamw,
     "cautious": lambda: hbfunc.adamw(caution=True, caution_scaling=False),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_optim import TWINS
+from tables import TWINS
 from torch import Tensor
 
 import hbfunc

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tables import ELEMENTWISE, TWINS
 
 import hbfunc
 from hbfunc import utils
@@ -52,12 +53,13 @@ class Twin:
             assert torch.equal(p, self.params[k]), k
 
 
-@pytest.mark.parametrize("name", ["AdamW", "LaProp", "ADOPT", "RMSprop", "SFAdamW"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_same_bits_as_leaf_by_leaf(name, dtype):
     params = made(dtype=dtype)
+    recipe, flags = TWINS[name]
     options = {"lr": 0.1, "weight_decay": 0.1, "warmup_steps": 2, "mars": True}
-    optimizer, twin = getattr(hbfunc, name)(params, **options), Twin(getattr(hbfunc, name.lower())(**options), params)
+    optimizer, twin = getattr(hbfunc, name)(params, **options), Twin(recipe(**flags, **options), params)
     for t in range(5):
         set_grads(params, t)
         twin.step(params)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tables import CLASSES
 
 import hbfunc
 from hbfunc import utils
-from hbfunc.optimizers.base import OPTIMIZERS
 
-CLASSES = [cls.__name__ for cls in OPTIMIZERS.values()]
 FAMILIES = ["ForeachAdamW", "ForeachSFAdamW", "ForeachMuon", "ForeachSOAP", "ForeachPSGDKron"]
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import tables
 import torch
 
 import hbfunc
 
 RECIPES = {
-    "adamw": lambda: hbfunc.adamw(),
+    **tables.RECIPES,
     "adamw, all options": lambda: hbfunc.adamw(
         mars=True, caution=True, warmup_steps=3, storage_dtype="bfloat16", gradient_clipping="l2_clip_"
     ),
-    "adopt": lambda: hbfunc.adopt(weight_decay=0.1),
-    "sfadamw": lambda: hbfunc.sfadamw(),
-    "muon": lambda: hbfunc.muon(),
-    "soap": lambda: hbfunc.soap(),
-    "psgd_kron": lambda: hbfunc.psgd_kron(),
+    "adopt, decayed": lambda: hbfunc.adopt(weight_decay=0.1),
     "psgd_kron, deterministic": lambda: hbfunc.psgd_kron(stochastic_schedule=False, cached=True),
 }
 SHAPES = {"a": (4, 4), "b": (4, 4), "c": (4, 4), "bias": (4,), "scale": ()}

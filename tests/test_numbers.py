@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_optim import TWINS, equal
+from tables import CLASSES, TWINS, has
+from test_optim import equal
 from torch import Tensor
 
 import hbfunc
@@ -35,7 +36,7 @@ PAIRS: dict[str, Callable[[tuple[float, float]], Any]] = {
     "a config's list": UserList,
     "named": lambda pair: namedtuple("Betas", "first second")(*pair),
 }
-HAVE_BETAS = [name for name in TWINS if "PSGD" not in name]
+HAVE_BETAS = [name for name, (recipe, _) in TWINS.items() if has(recipe, "betas")]
 
 
 @pytest.fixture(autouse=True)
@@ -111,16 +112,17 @@ def test_every_class_takes_them_as_rates(name, kind):
 def test_every_class_takes_them_as_betas(name, kind):
     pair = PAIRS[kind]
     params, others = parameters(), parameters()
-    plain = getattr(hbfunc, name)(params.items(), betas=(0.75, 0.875), seed=0)
-    optimizer = getattr(hbfunc, name)(others.items(), betas=pair((0.75, 0.875)), seed=0)
+    betas, later = ((*two, 0.9375)[: CLASSES[name].number_of_betas] for two in ((0.75, 0.875), (0.5, 0.75)))
+    plain = getattr(hbfunc, name)(params.items(), betas=betas, seed=0)
+    optimizer = getattr(hbfunc, name)(others.items(), betas=pair(betas), seed=0)
     only_plain(optimizer.param_groups[0])
     train(plain, params, range(2))
     train(optimizer, others, range(2))
     assert all(torch.equal(q, params[k]) for k, q in others.items())
-    plain.param_groups[0]["betas"] = (0.5, 0.75)
-    optimizer.param_groups[0]["betas"] = pair((0.5, 0.75))
+    plain.param_groups[0]["betas"] = later
+    optimizer.param_groups[0]["betas"] = pair(later)
     held = reloaded(optimizer)
-    assert tuple(map(float, held["param_groups"][0]["betas"])) == (0.5, 0.75)
+    assert tuple(map(float, held["param_groups"][0]["betas"])) == later
     units = optimizer._units[0][1]
     train(plain, params, range(2, 4))
     train(optimizer, others, range(2, 4))

@@ -12,18 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tables import CLASSES, RECIPES
 from test_steps_and_rounding import draw
 from torch import Tensor
 
 import hbfunc
 from hbfunc.contract import Transform
 from hbfunc.pipeline import RANGES
-
-FACTORIES = ("adamw", "laprop", "adopt", "rmsprop", "sfadamw", "muon", "muon_laprop", "soap", "psgd_kron")
-CLASSES = {name: getattr(hbfunc, name) for name in hbfunc.__all__ if isinstance(getattr(hbfunc, name), type)}
-CLASSES = {
-    k: c for k, c in CLASSES.items() if issubclass(c, torch.optim.Optimizer) and not issubclass(c, hbfunc.FromTransform)
-}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +47,7 @@ def decays(factory: Callable[..., Any]) -> int:
     return len(default) if isinstance(default, (tuple, list)) else 2
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_decay_that_float32_rounds_to_one_is_refused(name: str) -> None:
     factory = getattr(hbfunc, name)
     given = options(factory, NEARLY_ONE)
@@ -151,7 +146,7 @@ def known(factory: Callable[..., Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_numpys_scalars_are_numbers_in_recipes(name: str, kind: type) -> None:
     factory, given = getattr(hbfunc, name), known(getattr(hbfunc, name))
     one, two = factory(**given), factory(**{k: as_numpy(v, kind) for k, v in given.items()})

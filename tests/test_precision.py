@@ -6,11 +6,11 @@ Regression: in the original, stochastic rounding was overwritten by rounding to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tables import built
 from test_engine import run
 from torch import Tensor
 
@@ -66,17 +66,7 @@ def test_steps_below_half_a_unit_add_up() -> None:
     assert_mean(moved["w"], 1 - steps * 1e-4, ULP / 2 * math.sqrt(steps * p * (1 - p)))
 
 
-RECIPES: dict[str, Callable[[], hbfunc.Transform]] = {
-    "adamw": lambda: hbfunc.adamw(0.1, weight_decay=0.1, mars=True, caution=True),
-    "laprop": lambda: hbfunc.laprop(0.1),
-    "adopt": lambda: hbfunc.adopt(0.1),
-    "rmsprop": lambda: hbfunc.rmsprop(0.1),
-    "sfadamw": lambda: hbfunc.sfadamw(0.1),
-    "muon": lambda: hbfunc.muon(0.1),
-    "muon_laprop": lambda: hbfunc.muon_laprop(0.1),
-    "soap": lambda: hbfunc.soap(0.1),
-    "psgd_kron": lambda: hbfunc.psgd_kron(0.1),
-}
+RECIPES = built(adamw={"weight_decay": 0.1, "mars": True, "caution": True})
 
 
 @pytest.mark.parametrize("name", RECIPES)

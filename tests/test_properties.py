@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conformance import TABLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,7 +27,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_optim import TWINS
+from tables import CLASSES, COUPLED, TWINS, has
 from torch import Tensor
 
 import hbfunc
@@ -82,7 +83,7 @@ CLIPS = [
     halved,
 ]
 
-# Legal values of every documented option.
+# Legal values of options; of others, those in the conformance table.
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "lr": st.sampled_from([0.0, 1e-4, 0.01, 0.3, 1]),
     "betas": st.tuples(st.sampled_from([0.1, 0.5, 0.9, 0.999]), st.sampled_from([0.0, 0.5, 0.99, 0.9999])),
@@ -134,33 +135,50 @@ EXTRAS: dict[str, st.SearchStrategy[Any]] = {
     "stop_gradient": flag,
 }
 IDLE = {  # documented, without effect (caution: without MARS): they warn
-    "ForeachRMSprop": {"r", "weight_lr_power", "caution"},
-    "ForeachSFAdamW": {"caution"},
-    "PaLMForeachSFAdamW": {"caution"},
-    "ForeachMuon": {"palm"},
+    "rmsprop": {"r", "weight_lr_power", "caution"},
+    "sfadamw": {"caution"},
+    "muon": {"palm"},
 }
+# Their leaves know nothing of each other, and nothing but curvature asks for more than gradients.
+LEAFWISE = sorted(TWINS.keys() - COUPLED)
+NOT_DRAWN = {"seed", "curvature"}
 
 
 def documented(name: str) -> set[str]:
-    """The documented options of a class, which its positional arguments are."""
-    found = inspect.signature(getattr(hbfunc, name)).parameters.values()
-    return {p.name for p in found if p.kind is not p.KEYWORD_ONLY} - {"params", "foreach"}
+    """The options of a class that are its recipe's."""
+    return {*inspect.signature(CLASSES[name]).parameters} & {*CLASSES[name].options_of_recipe} - NOT_DRAWN
+
+
+def values_of(name: str, option: str) -> st.SearchStrategy[Any]:
+    """Legal values of an option of a class."""
+    if option == "betas":
+        third = [st.sampled_from([0.9, 0.9999])] * (CLASSES[name].number_of_betas - 2)
+        return st.tuples(OPTIONS["betas"], *third).map(lambda drawn: (*drawn[0], *drawn[1:]))
+    if option in OPTIONS:
+        return OPTIONS[option]
+    recipe, _ = TWINS[name]
+    default = inspect.signature(recipe).parameters[option].default
+    return st.sampled_from(
+        [default, *(row.kwargs[option] for row in TABLE if row.factory is recipe and option in row.kwargs)]
+    )
 
 
 def options_of(name: str, functional: bool = False) -> st.SearchStrategy[dict[str, Any]]:
     """Some options of a class, or of its recipe, the others at their defaults."""
-    known = sorted(documented(name) - IDLE.get(name, set()))
-    found = {k: OPTIONS[k] for k in known}
+    recipe, _ = TWINS[name]
+    known = sorted(documented(name) - IDLE.get(recipe.__name__, set()))
+    found = {k: values_of(name, k) for k in known}
     if functional:
-        found |= {k: EXTRAS[k] for k in inspect.signature(TWINS[name][0]).parameters if k in EXTRAS}
+        found |= {k: EXTRAS[k] for k in inspect.signature(recipe).parameters if k in EXTRAS}
     return st.fixed_dictionaries({}, optional=found)
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_every_documented_option_is_drawn(name: str) -> None:
-    assert documented(name) <= set(OPTIONS)
-    extras = set(inspect.signature(TWINS[name][0]).parameters) - documented(name)
-    assert extras <= {*EXTRAS, "seed", "curvature"}
+def test_every_option_is_drawn(name: str) -> None:
+    recipe, _ = TWINS[name]
+    rows = {option for row in TABLE if row.factory is recipe for option in row.kwargs}
+    assert documented(name) <= {*OPTIONS, *rows}
+    assert set(inspect.signature(recipe).parameters) - documented(name) <= {*EXTRAS, *NOT_DRAWN}
 
 
 # -- parameters and gradients ---------------------------------------------------------------------------------------
@@ -272,7 +290,7 @@ def lives(
     functional: bool = False,
 ) -> Life:
     """Lives of one to three parameters, and one to five steps; with the options of recipes too where functional."""
-    name = draw(st.sampled_from(sorted(TWINS)))
+    name = draw(st.sampled_from(LEAFWISE))
     options = draw(options_of(name, functional))
     clipped = STRIDED_DIFFER & {options.get(k) for k in ("gradient_clipping", "update_clipping")}
     layouts = ["contiguous"] if clipped else LAYOUTS
@@ -502,7 +520,8 @@ def test_regression_a_group_of_mixed_dtypes_loads_with_and_without_foreach(name:
 def test_regression_a_float32_number_beside_a_float64_one_stays_float32(name: str) -> None:
     """0-dim hyperparameters in float64 made float64 of 0-dim float32 leaves and their states."""
     recipe, flags = TWINS[name]
-    tx = recipe(**flags, weight_decay=0.1, mars=True, eps=1e-6) if "PSGD" not in name else recipe(**flags, mars=True)
+    options = {"weight_decay": 0.1, "mars": True, "momentum": 0.9, "eps": 1e-6}
+    tx = recipe(**flags, **{k: v for k, v in options.items() if has(recipe, k)})
     params = {"single": torch.ones(()), "double": torch.ones((), dtype=torch.float64)}
     state = tx.init(params)
     start = form(state)
@@ -538,7 +557,7 @@ class Career(RuleBasedStateMachine):
     """A class, in one or two groups, through all that may happen to it, against a recipe for every parameter alone."""
 
     @initialize(
-        name=st.sampled_from(sorted(TWINS)),
+        name=st.sampled_from(LEAFWISE),
         data=st.data(),
         dtype=st.sampled_from(DTYPES),
         foreach=flag,

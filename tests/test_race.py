@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conformance import rates
+from tables import CLASSES
 
 from hbfunc.race import report
 from hbfunc.race.__main__ import main, spaced
@@ -56,14 +58,13 @@ def test_lanes_equal_torch_optim(digits):
             torch.testing.assert_close(curves.scores[:, i, repeat], torch.stack(scores), rtol=0, atol=one_image)
 
 
-@pytest.mark.parametrize("name", recipes())
-def test_every_optimizer_trains(digits, name, monkeypatch):
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+def test_every_optimizer_trains(digits, cls, monkeypatch):
     """Forty steps at one of two rates read at least four digits in ten, whatever the initialisation."""
     monkeypatch.setattr("hbfunc.race.train.EVALUATIONS", 4)
-    lrs = {"sgd": [0.1, 1.0], "prodigy": [1.0, 3.0]}.get(name, [1e-3, 3e-2])  # those two have scales of their own
-    plan = Plan(lrs=lrs, steps=40, batch_size=128, repeats=2)
+    plan = Plan(lrs=list(rates(cls.recipe.__name__)), steps=40, batch_size=128, repeats=2)
     ticks: list[int] = []
-    curves = train(digits, recipes()[name], plan, tick=ticks.append)
+    curves = train(digits, recipes()[cls.title], plan, tick=ticks.append)
     assert curves.scores.shape == (4, 2, 2)
     assert curves.steps == [10, 20, 30, 40]
     assert sum(ticks) == 40 * plan.lanes

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_optim import TWINS, equal
+from tables import ELEMENTWISE, TWINS
+from test_optim import equal
 from torch import Tensor
 
 import hbfunc
@@ -128,14 +129,6 @@ def flat(*shapes: tuple[int, ...]) -> list[Tensor]:
     return params
 
 
-ELEMENTWISE = [
-    "ForeachAdamW",
-    "ForeachLaProp",
-    "ForeachADOPT",
-    "ForeachRMSprop",
-    "ForeachSFAdamW",
-    "PaLMForeachSFAdamW",
-]
 REFUSED: dict[str, Callable[[list[Tensor]], Any]] = {
     **{name: getattr(hbfunc, name) for name in TWINS if name not in ELEMENTWISE},
     **{

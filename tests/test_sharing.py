@@ -7,6 +7,7 @@ from typing import Any
 
 import conformance
 import pytest
+import tables
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -121,12 +122,7 @@ WRAPPERS: dict[str, Callable[[hbfunc.Transform], hbfunc.Transform]] = {
 }
 RECIPES = {
     "exp_avg": hbfunc.exp_avg,
-    "laprop": hbfunc.laprop,
-    "adopt": hbfunc.adopt,
-    "sfadamw": hbfunc.sfadamw,
-    "muon": hbfunc.muon,
-    "soap": hbfunc.soap,
-    "psgd_kron": hbfunc.psgd_kron,
+    **tables.RECIPES,
     "stored": lambda: hbfunc.adamw(storage_dtype="bfloat16"),
 }
 

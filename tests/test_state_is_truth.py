@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from tables import CLASSES, ELEMENTWISE
 from torch import Tensor
 
 import hbfunc
 from hbfunc import utils
 from hbfunc.optim import joined, unit
-from hbfunc.optimizers.base import OPTIMIZERS
 
 SHAPES = {"weight": (4, 3), "other": (4, 3), "bias": (4,), "scale": (3,), "large": (20, 3)}
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    **{cls.__name__: cls for cls in OPTIMIZERS.values()},
+    **CLASSES,
     "AdamW one by one": lambda params, **kw: hbfunc.AdamW(params, foreach=False, **kw),
     "AdamW in bfloat16": lambda params, **kw: hbfunc.AdamW(params, storage_dtype="bfloat16", mars=True, **kw),
     "SOAP that splits": lambda params, **kw: hbfunc.SOAP(params, split=True, max_precond_dim=8, **kw),
@@ -167,7 +167,7 @@ def test_offloading_by_data_frees_the_memory_of_joined_leaves_too() -> None:
     assert [ref() for ref in refs] == [None, None]
 
 
-@pytest.mark.parametrize("name", ["ForeachAdamW", "ForeachLaProp", "ForeachADOPT", "ForeachRMSprop", "ForeachSFAdamW"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("how", ["zero_", "data", "replaced"])
 def test_resetting_one_parameter_resets_no_other(name: str, how: str) -> None:
     """Counts, and Schedule-Free's sums of weights, were one tensor for all that were joined."""

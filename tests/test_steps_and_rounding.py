@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tables import built
 from test_precision import assert_between
 from torch import Tensor
 
@@ -18,15 +19,7 @@ BF16 = torch.bfloat16
 SHAPES = {"b": (5,), "s": (), "w": (4, 4)}
 
 RECIPES: dict[str, Callable[[], Transform]] = {
-    "adamw": lambda: hbfunc.adamw(0.1, weight_decay=0.1),
-    "laprop": lambda: hbfunc.laprop(0.1, warmup_steps=3),
-    "adopt": lambda: hbfunc.adopt(0.1),
-    "rmsprop": lambda: hbfunc.rmsprop(lambda t: 0.1 / t),
-    "sfadamw": lambda: hbfunc.sfadamw(0.1),
-    "muon": lambda: hbfunc.muon(0.1),
-    "muon_laprop": lambda: hbfunc.muon_laprop(0.1),
-    "soap": lambda: hbfunc.soap(0.1),
-    "psgd_kron": lambda: hbfunc.psgd_kron(0.1),
+    **built(adamw={"weight_decay": 0.1}, laprop={"warmup_steps": 3}, rmsprop={"lr": lambda t: 0.1 / t}),
     "matrices_to": lambda: hbfunc.matrices_to(hbfunc.muon(0.1), hbfunc.adamw(0.1)),
 }
 
@@ -225,9 +218,9 @@ def test_rounding_is_last_whatever_is_chained_behind_a_wrapper(around: str, behi
 def test_steps_below_half_a_unit_add_up_behind_a_clip(recipe: str) -> None:
     """A clip that shrinks nothing, and one that halves: rounded before it, the steps of 2e-5 would be lost."""
     params = {"w": torch.ones(64, 64, dtype=BF16)}
-    options: dict[str, Any] = {"lr": 4e-5}
-    factory = getattr(hbfunc, recipe, None)
-    inner = hbfunc.matrices_to(hbfunc.muon(4e-5), exclude=()) if recipe == "matrices_to" else factory(**options)
+    # Rows of one length move the mean by a fortieth of a step, and Prodigy's rate starts at d0.
+    makers = built(4e-5, normuon={"lr": 1.6e-3}, prodigy={"lr": 1.0, "d0": 4e-5, "growth_rate": 1.0})
+    inner = hbfunc.matrices_to(hbfunc.muon(4e-5), exclude=()) if recipe == "matrices_to" else makers[recipe]()
     tx = hbfunc.chain(inner, hbfunc.clip_by(lambda us: [u / 2 for u in us]))
     plain = hbfunc.chain(inner, hbfunc.clip_by(lambda us: [u / 2 for u in us]))
     wide = {"w": torch.ones(64, 64)}

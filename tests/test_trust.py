@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_optim import SEED, TWINS, assert_same, equal, rosenbrock, snapshot
+from tables import TWINS
+from test_optim import SEED, assert_same, equal, rosenbrock, snapshot
 from torch import Tensor
 
 import hbfunc

@@ -45,9 +45,10 @@ def step_by_prodigy(
         scalars = {k: torch.zeros((), dtype=compute_dtype(p), device=p.device) for k, p in params.items()}
         double = any(p.dtype == torch.float64 for p in params.values())
         device = next((p.device for p in params.values()), None)
+        inside = behind.init(params)
         return {
             **two_moments(params),
-            "behind": behind.init(params),
+            **({"behind": inside} if inside else {}),
             "d": torch.zeros((), dtype=torch.float64 if double else torch.float32, device=device),
             "grad_sum": zeros(params),
             "numerator": scalars,
@@ -96,9 +97,9 @@ def step_by_prodigy(
         if growth_rate is not None:
             found = torch.where(d == first, found, torch.minimum(found, d * in_dtype_of(known, growth_rate)))
         given = {need: () if need == "steps" else extras[need] for need in behind.needs}
-        directions, behind_state = behind.update(state["behind"], directions, params, **given)
+        directions, behind_state = behind.update(state.get("behind", {}), directions, params, **given)
         new = kept(state, count=t, exp_avg=m, exp_avg_sq=v, grad_sum=s, numerator=r, start=start)
-        new |= {"behind": behind_state, "d": torch.maximum(d, found)}
+        new |= {"d": torch.maximum(d, found), **({"behind": behind_state} if behind_state else {})}
         return {k: -scales[k] * u for k, u in directions.items()}, new
 
     needs = tuple(sorted({*behind.needs, "rate", "steps"}))

@@ -33,6 +33,7 @@ def oracle(
     return run(params, grads, rule, lr, betas[0], **options)
 
 
+RATES = 1e-3, 1e-2
 # A sign has no derivative where it jumps, and a zero gradient at first is such a place.
 ROWS = rows(
     hbfunc.lion,

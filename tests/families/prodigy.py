@@ -70,6 +70,7 @@ class _Kept(dict[str, State]):
         super().update({k: self.before.get(k, s) for k, s in new.items()})
 
 
+RATES = 1.0, 3.0
 NUMBERS = (*SHARED, "d0", "d_coef")
 ROWS = rows(
     hbfunc.prodigy,

@@ -32,6 +32,7 @@ def oracle(
     return run(params, grads, rule, lr, momentum, **options)
 
 
+RATES = 0.1, 1.0
 ROWS = rows(
     hbfunc.sgd,
     {
