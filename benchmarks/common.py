@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.optimizers.base import OPTIMIZERS
+
+# The documented classes by their short names.
+CLASSES = {cls.__name__.replace("Foreach", ""): cls for cls in OPTIMIZERS.values()}
 RESULTS = Path(__file__).parent / "results"
 Shape = tuple[int, ...]
 

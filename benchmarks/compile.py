@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SETS, Shape, device, facts, markdown, parser, pyplot, results, save, synchronize, tensors
+from common import CLASSES, SETS, Shape, device, facts, markdown, parser, pyplot, results, save, synchronize, tensors
 from step import FIRST_ORDER, classes
 from torch._dynamo.utils import counters
 
@@ -30,7 +30,8 @@ import hbfunc
 
 REFERENCE = "x + 1"
 STEPS = 4  # the first ones, which are all kinds of steps
-MATRIX = ("Muon", "MuonLaProp", "SOAP", "PSGDKron")
+# The classes of a recipe's defaults, and PaLM's of the first order.
+USUAL = [name for name, cls in CLASSES.items() if name in FIRST_ORDER or cls.title == cls.recipe.__name__]
 
 
 def cpu_seconds() -> float:
@@ -192,8 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__)
     add = made.add_argument
-    default = [*[name for name in FIRST_ORDER if "bfloat16" not in name], *MATRIX]
-    add("--classes", nargs="+", default=default, choices=list(classes()), metavar="CLASS", help=", ".join(classes()))
+    add("--classes", nargs="+", default=USUAL, choices=list(classes()), metavar="CLASS", help=", ".join(classes()))
     add("--set", default="transformer", choices=list(SETS))
     add("--repeats", type=int, default=1, help="fresh processes of each kind; 0 counts graphs only")
     add("--steps", type=int, default=1000, help="over which graphs are counted")

@@ -25,12 +25,14 @@ from torch import Tensor
 
 import hbfunc
 from hbfunc import sweep
+from hbfunc.chainable import ScheduleFree
 from hbfunc.leaves import Leaves
+from hbfunc.optimizers.base import OPTIMIZERS, RecipeOptimizer
+from hbfunc.pipeline import RECIPES
 from hbfunc.race import recipes as race
 from hbfunc.race.__main__ import spaced
 from hbfunc.race.tasks import TASKS
 from hbfunc.race.train import Plan, train
-from hbfunc.transforms import psgd, soap
 
 Params = dict[str, Tensor]
 
@@ -157,22 +159,17 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 def entries() -> dict[str, race.Entry]:
     """By name; for the classic problems. The tasks take the race's own."""
-    averaged = hbfunc.schedule_free_eval_params
-    rotate, fit = soap.refresh_schedule(), psgd.refresh_schedule()
-    return {
-        "adamw": race.Entry(lambda lr: hbfunc.adamw(lr=lr)),
-        "rmsprop": race.Entry(lambda lr: hbfunc.rmsprop(lr=lr)),
-        "laprop": race.Entry(lambda lr: hbfunc.laprop(lr=lr)),
-        "adopt": race.Entry(lambda lr: hbfunc.adopt(lr=lr)),
-        "sfadamw": race.Entry(lambda lr: hbfunc.sfadamw(lr=lr), averaged),
-        "muon": race.Entry(lambda lr: hbfunc.muon(lr=lr)),
-        "muon_laprop": race.Entry(lambda lr: hbfunc.muon_laprop(lr=lr)),
-        "soap": race.Entry(lambda lr: hbfunc.soap(lr=lr, weight_decay=0), refresh=rotate),
-        "psgd_kron": race.Entry(lambda lr: hbfunc.psgd_kron(lr=lr), refresh=fit),
-        "pure_psgd": race.Entry(lambda lr: hbfunc.psgd_kron(lr=lr, exp_avg_input=False), refresh=fit),
-        "delayed_psgd": race.Entry(lambda lr: hbfunc.psgd_kron(lr=lr, delayed=True), refresh=fit),
-        NEWTON: race.Entry(lambda lr: hbfunc.psgd_kron(lr=lr, curvature=True, min_ndim_triangular=1), refresh=fit),
-    }
+    chosen = {*RECIPES, "pure_psgd", "delayed_psgd"}  # other flags change little here
+    found = {title: _plain(cls) for title, cls in OPTIMIZERS.items() if title in chosen}
+    return {**found, NEWTON: _plain(hbfunc.PSGDKron, curvature=True, min_ndim_triangular=1)}
+
+
+def _plain(cls: type[RecipeOptimizer], **options: Any) -> race.Entry:
+    def make(lr: Any) -> hbfunc.Transform:
+        return cls.functional(lr=lr, weight_decay=0.0, **options)
+
+    averaged = hbfunc.schedule_free_eval_params if issubclass(cls, ScheduleFree) else None
+    return race.Entry(make, averaged, race.schedule(make(0.0)))
 
 
 NEWTON = "newton"

@@ -25,31 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import CLASSES
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-import hbfunc
 from hbfunc import utils
 
-CLASSES = (
-    "AdamW",
-    "RMSprop",
-    "SFAdamW",
-    "PaLMSFAdamW",
-    "ADOPT",
-    "LaProp",
-    "Muon",
-    "MuonLaProp",
-    "SOAP",
-    "PaLMSOAP",
-    "PrecondScheduleSOAP",
-    "PrecondSchedulePaLMSOAP",
-    "PSGDKron",
-    "PurePSGD",
-    "DelayedPSGD",
-    "CachedPSGDKron",
-    "CachedDelayedPSGDKron",
-)
 SHAPES = ((8, 8), (8, 4), (5,))
 FACTORS = ("Q_0", "Q_1")  # in a parameter's state: SOAP's, beside "GG_0", and PSGD's
 POOL = 500  # gradients' noise, drawn once
@@ -126,7 +107,7 @@ def long_run(name: str, steps: int, mode: str | None = "default", shapes: Any = 
     before, utils.compile_mode = utils.compile_mode, mode
     try:
         problem = Quadratic(shapes)
-        optimizer = getattr(hbfunc, name)(problem.params, seed=0)
+        optimizer = CLASSES[name](problem.params, seed=0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - 0.5 * t / steps)
         part = max(steps // 100, 1)
         first, worst, losses = problem.backward(0), 0.0, deque[float](maxlen=part)
@@ -184,7 +165,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--mode", default="default", help="of torch.compile; 'none' runs eagerly")
-    parser.add_argument("--classes", nargs="+", default=CLASSES, choices=CLASSES)
+    parser.add_argument("--classes", nargs="+", default=list(CLASSES), choices=list(CLASSES))
     options = parser.parse_args(None if arguments is None else list(arguments))
     torch.set_num_threads(1)
     start = time.perf_counter()

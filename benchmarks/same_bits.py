@@ -21,12 +21,6 @@ from typing import Any
 import torch
 
 STEPS = 10
-CLASSES = (
-    *("ForeachAdamW", "ForeachRMSprop", "ForeachSFAdamW", "PaLMForeachSFAdamW", "ForeachADOPT", "ForeachMuon"),
-    *("ForeachLaProp", "MuonLaProp", "ForeachSOAP", "PaLMForeachSOAP", "PrecondScheduleForeachSOAP"),
-    *("PrecondSchedulePaLMForeachSOAP", "ForeachPSGDKron", "ForeachPurePSGD", "ForeachCachedDelayedPSGDKron"),
-    *("ForeachCachedPSGDKron", "ForeachDelayedPSGD"),
-)
 MODES = {"eager": None, "traced": "aot_eager"}
 
 
@@ -90,7 +84,7 @@ def results(options: argparse.Namespace) -> dict[str, Any]:
                 runs[f"{row.name}, {mode}"] = attempt(functional, row, mode)
     following, checkpoints, continued = {}, {}, {}
     old = torch.load(options.checkpoints)["checkpoints"] if options.checkpoints else {}
-    for name in CLASSES:
+    for name in classes():
         for mode in options.modes:
             if options.only in name:
                 hbfunc.utils.compile_mode = MODES[mode]
@@ -100,6 +94,14 @@ def results(options: argparse.Namespace) -> dict[str, Any]:
                 if key in old:
                     continued[key] = attempt(resumed, name, old[key])
     return {"runs": runs, "next": following, "checkpoints": checkpoints, "continued": continued}
+
+
+def classes() -> list[str]:
+    """The documented classes of this checkout, whatever its layout."""
+    import hbfunc
+
+    found = {c.__name__ for c in vars(hbfunc).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    return sorted(found - {"FromTransform", "MatricesTo"})
 
 
 def attempt(run: Any, *arguments: Any) -> Any:

@@ -21,12 +21,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from common import (
+    CLASSES,
     SETS,
     Limits,
     Shape,
@@ -49,7 +50,8 @@ from torch import Tensor
 
 import hbfunc
 from hbfunc.linalg.polar import product_dtype
-from hbfunc.transforms import psgd, soap
+from hbfunc.optimizers.base import RecipeOptimizer
+from hbfunc.race import recipes as race
 
 OURS = "hbfunc"
 DEFAULT_MODE = hbfunc.utils.compile_mode
@@ -82,56 +84,48 @@ class Class(NamedTuple):
     share: float = 0.0
 
 
-def _mean(probability: Callable[[Tensor], Tensor]) -> float:
-    return probability(torch.arange(1, 1001, dtype=torch.float64)).mean().item()
+# What HeavyBall calls a class, and the options that make it this one.
+THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("AdamW", "RMSprop", "LaProp", "ADOPT", "SFAdamW", "Muon", "MuonLaProp", "SOAP")},
+    "PaLMSFAdamW": ("SFAdamW", {"palm": True}),
+    "PaLMSOAP": ("SOAP", {"palm": True}),
+    "PrecondScheduleSOAP": ("SOAP", {"use_precond_schedule": True}),
+    "PrecondSchedulePaLMSOAP": ("SOAP", {"use_precond_schedule": True, "palm": True}),
+    "PSGDKron": ("PSGDKron", {}),
+    "PurePSGD": ("PSGDKron", {"exp_avg_input": False}),
+    "DelayedPSGD": ("PSGDKron", {"delayed": True}),
+    "CachedPSGDKron": ("PSGDKron", {"cached": True}),
+    "CachedDelayedPSGDKron": ("PSGDKron", {"delayed": True, "cached": True}),
+}
+LOW = ("AdamW", "LaProp", "ADOPT", "SFAdamW", "Muon")  # timed with states in bfloat16 too
+# Where refreshes are drawn and rare: options that make them about every second step, so that both kinds come soon.
+OFTEN: dict[str, dict[str, Any]] = {
+    "preconditioner_update_probability": {"preconditioner_update_probability": 0.5, "seed": 0},
+    "use_precond_schedule": {"precond_scheduler": (1 / 3, 0.01), "seed": 0},
+}
 
 
+@cache
 def classes() -> dict[str, Class]:
-    """The rows of the tables."""
-    half = {"preconditioner_update_probability": 0.5, "seed": 0}
-    fit = psgd.refresh_schedule(0.5, seed=0)
-    scheduled = {"use_precond_schedule": True}
-    drawn = {"seed": 0, "precond_scheduler": (1 / 3, 0.01)}  # about 1/2
-    draw = soap.refresh_schedule(use_precond_schedule=True, precond_scheduler=(1 / 3, 0.01))
-    rarer, often = _mean(soap.refresh_probability), _mean(psgd.update_probability)
-
-    def rotated(**theirs: Any) -> Class:
-        return Class({}, "", "SOAP", theirs, soap.refresh_schedule(), 0.5)
-
-    def kron(**theirs: Any) -> Class:
-        return Class(half, "", "PSGDKron", theirs, fit, often)
-
-    def low(name: str) -> Class:
-        return Class({"storage_dtype": "bfloat16"}, name, name, {"storage_dtype": "bfloat16"})
-
-    return {
-        "AdamW": Class(theirs="AdamW"),
-        "RMSprop": Class(theirs="RMSprop"),
-        "LaProp": Class(theirs="LaProp"),
-        "ADOPT": Class(theirs="ADOPT"),
-        "SFAdamW": Class(theirs="SFAdamW"),
-        "PaLMSFAdamW": Class(theirs="SFAdamW", their_options={"palm": True}),
-        "AdamW bfloat16": low("AdamW"),
-        "LaProp bfloat16": low("LaProp"),
-        "ADOPT bfloat16": low("ADOPT"),
-        "SFAdamW bfloat16": low("SFAdamW"),
-        "Muon": Class(theirs="Muon"),
-        "MuonLaProp": Class(theirs="MuonLaProp"),
-        "Muon bfloat16": low("Muon"),
-        "SOAP": rotated(),
-        "PaLMSOAP": rotated(palm=True),
-        "PrecondScheduleSOAP": Class(drawn, "", "SOAP", scheduled, draw, rarer),
-        "PrecondSchedulePaLMSOAP": Class(drawn, "", "SOAP", {**scheduled, "palm": True}, draw, rarer),
-        "PSGDKron": kron(),
-        "PurePSGD": kron(exp_avg_input=False),
-        "DelayedPSGD": kron(delayed=True),
-        "CachedPSGDKron": kron(cached=True),
-        "CachedDelayedPSGDKron": kron(delayed=True, cached=True),
-    }
+    """The rows of the tables: every class there is."""
+    rows = {name: _row(name, cls) for name, cls in CLASSES.items()}
+    low = {"storage_dtype": "bfloat16"}
+    return rows | {f"{name} bfloat16": Class(low, name, name, low) for name in LOW}
 
 
-FIRST_ORDER = ("AdamW", "RMSprop", "LaProp", "ADOPT", "SFAdamW", "PaLMSFAdamW")
-FIRST_ORDER += ("AdamW bfloat16", "LaProp bfloat16", "ADOPT bfloat16", "SFAdamW bfloat16")
+def _row(name: str, cls: type[RecipeOptimizer]) -> Class:
+    usual = race.schedule(cls.functional())
+    if usual is None:
+        return Class({}, "", *THEIRS.get(name, ("", {})))
+    options: dict[str, Any] = {}
+    for drawn, often in OFTEN.items():
+        if drawn in cls.options_of_recipe and getattr(cls, drawn, True):
+            options |= often
+    share = sum(usual(t) is True for t in range(1, 1001)) / 1000
+    return Class(options, "", *THEIRS.get(name, ("", {})), race.schedule(cls.functional(**options)), share)
+
+
+FIRST_ORDER = tuple(name for name, row in classes().items() if CLASSES[row.name or name].functional().elementwise)
 
 
 def _set_mode(module: Any, mode: str | None) -> None:
@@ -165,7 +159,7 @@ def contenders(row: str, shapes: Sequence[Shape], modes: Sequence[str | None], e
         for mode in modes
     }
     default = partial(_set_mode, hbfunc, modes[0])
-    if row in ("RMSprop", "LaProp", "ADOPT", "SFAdamW"):
+    if row in FIRST_ORDER and row != "AdamW" and not row.endswith("bfloat16"):
         found["our AdamW"] = Spec(lambda ps: hbfunc.AdamW(ps), default)
     if row.endswith("bfloat16"):
         found["float32 state"] = Spec(lambda ps: getattr(hbfunc, mine.name)(ps), default)
@@ -178,7 +172,7 @@ def contenders(row: str, shapes: Sequence[Shape], modes: Sequence[str | None], e
         found["torch Muon"] = Spec(lambda ps: torch.optim.Muon(ps, lr=1e-3))
     if row == "SFAdamW" and schedulefree():
         found["schedulefree"] = Spec(_schedule_free)
-    if heavyball():
+    if heavyball() and mine.theirs:
         steering = steer if mine.due else None
         if not eager_peers:
             found["HeavyBall"] = Spec(hb, partial(_set_mode, heavyball(), DEFAULT_MODE), steering)

@@ -21,22 +21,16 @@ from common import device, facts, parser, pyplot, results, save, synchronize
 from torch import Tensor
 
 import hbfunc
-from hbfunc import sweep
+from hbfunc import pipeline, sweep
+from hbfunc.contract import RefreshSchedule
+from hbfunc.race.recipes import schedule
 from hbfunc.race.tasks import TASKS
-from hbfunc.transforms import psgd, soap
 
 Factory = Callable[[Tensor], hbfunc.Transform]
 
-RECIPES: dict[str, tuple[Factory, Callable[[int], bool | str] | None]] = {
-    "adamw": (lambda lr: hbfunc.adamw(lr=lr), None),
-    "rmsprop": (lambda lr: hbfunc.rmsprop(lr=lr), None),
-    "laprop": (lambda lr: hbfunc.laprop(lr=lr), None),
-    "adopt": (lambda lr: hbfunc.adopt(lr=lr), None),
-    "sfadamw": (lambda lr: hbfunc.sfadamw(lr=lr), None),
-    "muon": (lambda lr: hbfunc.muon(lr=lr), None),
-    "muon_laprop": (lambda lr: hbfunc.muon_laprop(lr=lr), None),
-    "soap": (lambda lr: hbfunc.soap(lr=lr), soap.refresh_schedule()),
-    "psgd_kron": (lambda lr: hbfunc.psgd_kron(lr=lr), psgd.refresh_schedule()),
+# What makes each recipe of a learning rate, and when its refreshes are due.
+RECIPES: dict[str, tuple[Factory, RefreshSchedule | None]] = {
+    name: (lambda lr, recipe=recipe: recipe(lr=lr), schedule(recipe())) for name, recipe in pipeline.RECIPES.items()
 }
 
 

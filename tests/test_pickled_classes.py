@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tables import RECIPES
 from torch import Tensor
 
 import hbfunc
@@ -88,16 +89,13 @@ def test_wrapped_transforms_are_saved_whole_and_go_on(name, way, steps):
     assert all(torch.equal(a, b) for a, b in zip(state, others, strict=True))
 
 
-RULES = [hbfunc.adamw, hbfunc.laprop, hbfunc.adopt, hbfunc.rmsprop, hbfunc.muon, hbfunc.muon_laprop, hbfunc.sfadamw]
-
-
-@pytest.mark.parametrize("saved", [*RULES, hbfunc.soap, hbfunc.psgd_kron], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("saved", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_checkpoint_of_another_rule_is_refused_by_name(saved, steps):
     """In FromTransform too, where laprop's state looks like adamw's."""
     first = hbfunc.FromTransform(parameters().items(), saved())
     train(first, range(steps))
-    for rule in RULES:
+    for rule in RECIPES.values():
         second = hbfunc.FromTransform(parameters().items(), rule())
         if rule is saved:
             second.load_state_dict(first.state_dict())

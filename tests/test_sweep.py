@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tables
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -72,29 +74,33 @@ def assert_same(a, b):
 # -- lanes are trainings --------------------------------------------------------------------------------------------
 
 
-def two_betas(recipe, **options):
-    return lambda lr, beta1, weight_decay, seed: recipe(
-        lr=lr, betas=(beta1, 0.95), weight_decay=weight_decay, seed=seed, **options
-    )
+def varied(name, **options):
+    """A recipe as a function of four numbers, `beta1` being the decay of its momentum."""
+    recipe = tables.RECIPES[name]
+    options |= {"orthogonalizer": "polar_express"} if tables.has(recipe, "orthogonalizer") else {}
+
+    def make(lr, beta1, weight_decay, seed):
+        if tables.has(recipe, "betas"):
+            momentum = {"betas": (beta1, 0.95, 0.99)[: len(inspect.signature(recipe).parameters["betas"].default)]}
+        else:
+            momentum = {"beta" if tables.has(recipe, "beta") else "momentum": beta1}
+        return recipe(lr=lr, **momentum, weight_decay=weight_decay, seed=seed, **options)
+
+    return make
 
 
-def psgd(lr, beta1, weight_decay, seed, probability=0.3):
-    return hbfunc.psgd_kron(
-        lr=lr, beta=beta1, weight_decay=weight_decay, seed=seed, preconditioner_update_probability=probability
-    )
-
-
+OPTIONS = {
+    "adamw": {"eps": 1e-6},
+    "laprop": {"eps": 1e-6},
+    "nadamw": {"eps": 1e-6},
+    "ademamix": {"eps": 1e-6},
+    "adopt": {"eps": 1e-2},  # it divides by the first gradient, which may be a rounding error
+    "soap": {"precondition_frequency": 3},
+    "psgd_kron": {"preconditioner_update_probability": 0.3},
+}
 RECIPES = {
-    "adamw": two_betas(hbfunc.adamw, eps=1e-6),
-    "laprop": two_betas(hbfunc.laprop, eps=1e-6),
-    "adopt": two_betas(hbfunc.adopt, eps=1e-2),  # it divides by the first gradient, which may be a rounding error
-    "rmsprop": two_betas(hbfunc.rmsprop),
-    "sfadamw": two_betas(hbfunc.sfadamw),
-    "muon": two_betas(hbfunc.muon, orthogonalizer="polar_express"),
-    "muon_laprop": two_betas(hbfunc.muon_laprop, orthogonalizer="polar_express"),
-    "soap": two_betas(hbfunc.soap, precondition_frequency=3),
-    "soap_scheduled": two_betas(hbfunc.soap, use_precond_schedule=True, precond_scheduler=(1, 3)),
-    "psgd_kron": psgd,
+    **{name: varied(name, **OPTIONS.get(name, {})) for name in tables.RECIPES},
+    "soap_scheduled": varied("soap", use_precond_schedule=True, precond_scheduler=(1, 3)),
 }
 
 

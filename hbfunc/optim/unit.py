@@ -199,10 +199,12 @@ class Unit:
     def write_hyper(self, value_of: Callable[[str], Any], check: Callable[[str, Any], None]) -> None:
         """Bring the 0-dim tensors up to date with the param group; a number that did not change costs nothing.
 
-        check: raises for a name and a value that it may not have.
+        value_of: None for what is no option, and stays. check: raises for a name and a value that it may not have.
         """
         for place, tensor in self.hyper.items():
             value = value_of(self.names[place])
+            if value is None:
+                continue
             if isinstance(value, Tensor):
                 check(self.names[place], value)
                 tensor.copy_(value)

@@ -17,6 +17,7 @@ from hbfunc.chainable.optimizers import BaseOpt
 from hbfunc.contract import Transform
 from hbfunc.optim.shim import StatefulOptimizer, use_default
 from hbfunc.optim.unit import Unit
+from hbfunc.pipeline import same_source
 from hbfunc.ranges import plain
 
 # What a class takes from `hbfunc.utils` when it steps, and what only derivatives of a functional step know.
@@ -28,7 +29,7 @@ _OWN = (  # of every class, by keyword
 )
 
 
-OPTIMIZERS: dict[str, type[RecipeOptimizer]] = {}  # the documented classes by title, in the order of their definitions
+OPTIMIZERS: dict[str, type[RecipeOptimizer]] = {}  # the first class of each title, in the order of their definitions
 
 
 class RecipeOptimizer(BaseOpt):
@@ -67,8 +68,7 @@ class RecipeOptimizer(BaseOpt):
             cls.more_defaults = {**{k: v for each in more for k, v in each.items()}, "rule": recipe.__name__}
         if title is not None:
             cls.title = title
-            OPTIMIZERS[title] = cls
-        elif recipe is not None:
+        if (title or recipe) and same_source(OPTIMIZERS.get(cls.title, cls), cls):
             OPTIMIZERS[cls.title] = cls
         if foreach_before is not None:
             cls._foreach_before = foreach_before
@@ -109,6 +109,11 @@ class RecipeOptimizer(BaseOpt):
             if name not in known and value and any(name in cls.options_of_recipe for cls in OPTIMIZERS.values()):
                 raise TypeError(f"{name}={value!r} in a param group: {type(self).__name__} has no such option")
         super().add_param_group(param_group)
+
+    def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
+        """As the base class; None for a number that the recipe does not take from outside."""
+        known = name in self.options_of_recipe or name.rstrip("123") + "s" in self.options_of_recipe
+        return super().hyperparameter(group, name) if known else None
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What shapes the graph of a group besides its parameters: every option that is not a number."""

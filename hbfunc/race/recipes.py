@@ -45,9 +45,13 @@ def _entry(cls: type[RecipeOptimizer]) -> Entry:
         # The customary split: hidden matrices to Muon; embeddings, head and vectors to AdamW, at a smaller rate.
         return hbfunc.matrices_to(cls.functional(lr=lr), rest=hbfunc.adamw(lr=0.3 * lr))
 
-    tx = make(0.0)
-    refresh = None if tx.refreshes is None else tx.refreshes(tx.init({"weight": torch.zeros(2, 2)}))
-    return Entry(make, hbfunc.schedule_free_eval_params if issubclass(cls, ScheduleFree) else None, refresh)
+    evaluate = hbfunc.schedule_free_eval_params if issubclass(cls, ScheduleFree) else None
+    return Entry(make, evaluate, schedule(make(0.0)))
+
+
+def schedule(tx: hbfunc.Transform) -> RefreshSchedule | None:
+    """When the expensive part of a transform is due, or None where it has none or nobody can tell beforehand."""
+    return None if tx.refreshes is None else tx.refreshes(tx.init({"weight": torch.zeros(2, 2)}))
 
 
 DEFAULT = ("adamw", "laprop", "sfadamw", "muon", "soap", "psgd_kron")
