@@ -415,8 +415,12 @@ def select_leaves(
             selected[k] = select_leaves(ok, x, old[k], part, shared)
         elif isinstance(part, tuple):
             always = torch.ones((), dtype=torch.bool, device=x.device) if shared is None else shared.to(x.device)
-            rows = torch.stack([ok.get(path, always) for path in part])
-            selected[k] = torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, old[k])
+            rows = torch.stack([ok.get(path, always) for path in part]).reshape(-1, *[1] * (x.ndim - 1))
+            if hasattr(x, "placements"):  # a DTensor; all ranks have the same flags, so that nothing is sent
+                from torch.distributed.tensor import distribute_tensor
+
+                rows = distribute_tensor(rows, x.device_mesh, x.placements, src_data_rank=None)
+            selected[k] = torch.where(rows, x, old[k])
         elif by_leaf and k in ok and old[k] is not None:
             selected[k] = torch.where(ok[k], x, old[k])
         elif shared is None or old[k] is None:

@@ -434,11 +434,12 @@ RECIPES = {
     "stored": lambda: hbfunc.adamw(lr=0.01, storage_dtype="bfloat16"),
     "finite": lambda: hbfunc.apply_if_finite(hbfunc.soap(lr=0.01)),
     "finite leaves": lambda: hbfunc.apply_to_finite_leaves(hbfunc.muon(lr=0.01)),
+    "finite stacks": lambda: hbfunc.apply_to_finite_leaves(hbfunc.soap(lr=0.01)),
     "ema": lambda: hbfunc.with_ema(hbfunc.adamw(lr=0.01)),
 }
 
 
-SOME = ("sfadamw", *MATRIX_RECIPES, "matrices_to", "stored", "finite", "finite leaves")  # on most days
+SOME = ("sfadamw", *MATRIX_RECIPES, "matrices_to", "stored", "finite", "finite leaves", "finite stacks")  # on most days
 
 
 def functional(tx, params, state, start=0, steps=4, poison=None):

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import hbfunc
 from hbfunc.contract import Transform
 from hbfunc.optimizers.base import OPTIMIZERS, RecipeOptimizer
 from hbfunc.pipeline import RECIPES as REGISTERED
@@ -48,3 +49,22 @@ MATRIX_RECIPES = [name for name, recipe in RECIPES.items() if recipe().leafwise 
 COUPLED_RECIPES = [name for name, recipe in RECIPES.items() if not recipe().leafwise]
 ELEMENTWISE = [name for name, cls in CLASSES.items() if cls.recipe.__name__ in ELEMENTWISE_RECIPES]
 COUPLED = [name for name, cls in CLASSES.items() if cls.recipe.__name__ in COUPLED_RECIPES]
+
+# Every exported function of a transform, with arguments under which it steps all leaves: a test says which are missing.
+WRAPPERS: dict[str, Callable[[Transform], Transform]] = {
+    "accumulate": lambda tx: hbfunc.accumulate(tx, 2),
+    "apply_if_finite": hbfunc.apply_if_finite,
+    "apply_to_finite_leaves": hbfunc.apply_to_finite_leaves,
+    "cautious": hbfunc.cautious,
+    "chain": lambda tx: hbfunc.chain(hbfunc.identity(), tx, name="outer"),
+    "clip_by": lambda tx: hbfunc.chain(hbfunc.clip_by(hbfunc.l2_clip()), tx),
+    "freeze": lambda tx: hbfunc.freeze(tx, lambda path, p: False),
+    "mars": hbfunc.mars,
+    "masked": lambda tx: hbfunc.masked(tx, lambda path, p: True),
+    "matrices_to": lambda tx: hbfunc.matrices_to(tx, hbfunc.sfadamw(0.1), exclude=()),
+    "partition": lambda tx: hbfunc.partition({"all": tx, "none": hbfunc.adamw()}, lambda path, p: "all"),
+    "with_ema": hbfunc.with_ema,
+    "with_hyperparameters": lambda tx: hbfunc.with_hyperparameters(lambda unused: hbfunc.chain(tx), unused=1.0),
+    "with_presence": hbfunc.with_presence,
+    "with_storage": lambda tx: hbfunc.with_storage(tx, "bfloat16"),
+}

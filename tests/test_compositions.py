@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import oracles
 import pytest
+import tables
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -614,6 +615,8 @@ LOST: dict[str, dict[str, str]] = {
     "masked by a tree": {"elementwise": "looks at names"},
     "masked nothing behind": {"elementwise": "looks at names and shapes"},
     "partition": {"elementwise": "looks at names and shapes"},
+    "freeze": {"elementwise": "looks at names and shapes"},
+    "matrices_to": {"elementwise": "looks at names and shapes"},
     "with_storage, bfloat16": {"elementwise": "draws by the names of leaves"},
     "nothing to clip": {"elementwise": "a norm"},
     "a function": {"elementwise": "a function may do anything", "leafwise": "a function may do anything"},
@@ -621,6 +624,9 @@ LOST: dict[str, dict[str, str]] = {
 ALL_WRAPPERS: dict[str, Callable[[Transform], Transform]] = {
     **NEUTRAL,
     **NEUTRAL_WITH_ALL_GRADIENTS,
+    "freeze": tables.WRAPPERS["freeze"],
+    "matrices_to": lambda tx: hbfunc.matrices_to(tx, tx, exclude=()),
+    "with_presence": hbfunc.with_presence,
     "cautious": lambda tx: hbfunc.cautious(tx, scale=False),
     "cautious, scaled": hbfunc.cautious,
     "with_storage, bfloat16": lambda tx: hbfunc.with_storage(tx, "bfloat16"),
@@ -644,10 +650,19 @@ def test_every_field_of_a_transform_is_looked_at() -> None:
     assert {*KEPT, "init", "update", "name", "made"} == set(Transform._fields)
 
 
+def test_every_wrapper_is_looked_at() -> None:
+    """Under its name, or as a part of one; `clip_by` is "a function"."""
+    assert [name for name in tables.WRAPPERS if not any(name in known for known in ALL_WRAPPERS)] == ["clip_by"]
+
+
 @pytest.mark.parametrize("wrapper", ALL_WRAPPERS)
 @pytest.mark.parametrize("probe", PROBES)
 def test_no_wrapper_loses_a_flag(probe: str, wrapper: str) -> None:
     inner = PROBES[probe]()
+    if wrapper == "with_presence" and (inner.every_call or not inner.leafwise):
+        with pytest.raises(ValueError, match="expected a transform that leaves those without gradient alone"):
+            ALL_WRAPPERS[wrapper](inner)
+        return
     outer = ALL_WRAPPERS[wrapper](PROBES[probe]())
     lost = LOST.get(wrapper, {})
     params = {k: torch.ones(s) for k, s in SHAPES.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import step
 import sweep as sweeping
 import torch
 from conformance import TABLE, Row
-from tables import CLASSES, RECIPES, SHORT, TWINS
+from tables import CLASSES, RECIPES, SHORT, TWINS, WRAPPERS
 
 import hbfunc
 from hbfunc.optim.state import located, places
@@ -115,6 +116,20 @@ def test_numbers_that_a_recipe_fixes_stay() -> None:
         p.grad = torch.zeros(2)
         optimizer.step()
     assert p.tolist() == [0.5625, 0.5625]
+
+
+def test_every_wrapper_is_in_the_table() -> None:
+    """What takes a Transform, or several, and returns one."""
+    found = set()
+    for name in hbfunc.__all__:
+        made = getattr(hbfunc, name)
+        if callable(made) and not isinstance(made, type) and name not in RECIPES:
+            signature = inspect.signature(made)
+            if signature.return_annotation == "Transform" and any(
+                "Transform" in str(p.annotation) for p in signature.parameters.values()
+            ):
+                found.add(name)
+    assert found - {"transform"} == set(WRAPPERS)  # that one makes them of two functions
 
 
 # -- no table by hand -----------------------------------------------------------------------------------------------

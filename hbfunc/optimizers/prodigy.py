@@ -90,9 +90,9 @@ def step_by_prodigy(
             moved = (u * (start[k] - params[k].to(u.dtype))).sum()
             r[k] = decay3[k] * state["numerator"][k] + grown * scales[k] * moved
             directions[k] = m[k] / denominator(v[k], own * in_dtype_of(u, eps))
-        sums = kept(state["grad_sum"], **s)
+        sums = {**state["grad_sum"], **s}
         total = torch.stack([x.abs().sum().to(known) for x in sums.values()]).sum()
-        gained = torch.stack([x.to(known) for x in kept(state["numerator"], **r).values()]).sum()
+        gained = torch.stack([x.to(known) for x in {**state["numerator"], **r}.values()]).sum()
         found = torch.where(total > 0, in_dtype_of(known, d_coef) * gained / torch.where(total > 0, total, 1), 0)
         if growth_rate is not None:
             found = torch.where(d == first, found, torch.minimum(found, d * in_dtype_of(known, growth_rate)))
