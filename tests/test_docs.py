@@ -61,12 +61,10 @@ def test_the_names_of_a_page_exist(page):
 
 
 def test_the_tables_name_what_there_is():
-    """Every identifier in backticks in the README's list is public, and every optimizer class is in it."""
+    """Every identifier in backticks in the README's list is public. That every optimizer is told of: test_tables.py."""
     listed = set(re.findall(r"`([A-Za-z_]\w+)`", section("What is there")))
     assert [n for n in sorted(listed) if not hasattr(hbfunc, n)] == []
-    public = {n: getattr(hbfunc, n) for n in hbfunc.__all__}
-    classes = {n for n, c in public.items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
-    assert sorted(classes - listed) == []
+    assert {"FromTransform", "MatricesTo"} <= listed
 
 
 @pytest.mark.parametrize("page", PAGES)

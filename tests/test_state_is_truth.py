@@ -223,14 +223,14 @@ def test_entries_of_others_are_kept_saved_and_loaded(name: str) -> None:
     run, other = Run(name), Run(name)
     p = run.params["weight"]
     slow, log = p.detach().clone(), {"norms": [1.0]}
-    run.optimizer.state[p].update(slow=slow, log=log)
+    run.optimizer.state[p].update({"another's": slow, "log": log})
     run.optimizer.state[run.params["bias"]]["steps seen"] = 3
     for _ in range(2):
         run.step(), other.step()
     added = torch.nn.Parameter(torch.ones(3))
     run.optimizer.add_param_group({"params": [("added", added)], **OWN.get(name, {})})
     run.step(), other.step()
-    assert run.optimizer.state[p]["slow"] is slow
+    assert run.optimizer.state[p]["another's"] is slow
     assert run.optimizer.state[p]["log"] is log
     for k in run.params:
         assert torch.equal(run.params[k], other.params[k]), k
@@ -240,7 +240,7 @@ def test_entries_of_others_are_kept_saved_and_loaded(name: str) -> None:
     third.params = copy.deepcopy(run.params)
     third.optimizer = MAKERS[name](list(third.params.items()), lr=0.01)
     third.optimizer.load_state_dict(held)
-    assert torch.equal(third.optimizer.state[third.params["weight"]]["slow"], slow)
+    assert torch.equal(third.optimizer.state[third.params["weight"]]["another's"], slow)
     third.t = run.t
     third.step(), run.step()
     assert third.optimizer.state[third.params["bias"]]["steps seen"] == 3
@@ -250,10 +250,10 @@ def test_entries_of_others_are_kept_saved_and_loaded(name: str) -> None:
 
 def test_a_checkpoint_with_entries_of_others_only_loads() -> None:
     run, other = Run("ForeachAdamW"), Run("ForeachAdamW")
-    run.optimizer.state[run.params["weight"]]["slow"] = torch.ones(4, 3)
+    run.optimizer.state[run.params["weight"]]["another's"] = torch.ones(4, 3)
     other.optimizer.load_state_dict(run.optimizer.state_dict())
     other.step()
-    assert {"slow", "exp_avg"} <= other.optimizer.state[other.params["weight"]].keys()
+    assert {"another's", "exp_avg"} <= other.optimizer.state[other.params["weight"]].keys()
     assert count(other.optimizer.state[other.params["weight"]]) == 1
 
 
@@ -262,10 +262,10 @@ def test_a_first_step_that_fails_leaves_the_entries_of_others_alone() -> None:
         raise ZeroDivisionError
 
     run = Run("ForeachAdamW", gradient_clipping=fail)
-    run.optimizer.state[run.params["weight"]]["slow"] = torch.ones(())
+    run.optimizer.state[run.params["weight"]]["another's"] = torch.ones(())
     with pytest.raises(ZeroDivisionError):
         run.step()
-    assert [set(entries) for entries in run.optimizer.state.values()] == [{"slow"}]
+    assert [set(entries) for entries in run.optimizer.state.values()] == [{"another's"}]
 
 
 @pytest.mark.parametrize("name", ["ForeachAdamW", "ForeachSFAdamW", "ForeachSOAP", "ForeachPSGDKron"])
@@ -322,7 +322,7 @@ def test_a_process_that_is_sent_an_optimizer_with_state_is_told() -> None:
 def test_loading_in_inference_mode_then_training(name: str) -> None:
     run, other = Run(name, steps=3), Run(name)
     held = copy.deepcopy(run.optimizer.state_dict())
-    held["state"][0]["slow"] = torch.ones(2)
+    held["state"][0]["another's"] = torch.ones(2)
     other.params = copy.deepcopy(run.params)
     other.optimizer, other.t = MAKERS[name](list(other.params.items()), lr=0.01), run.t
     with torch.inference_mode():
