@@ -13,6 +13,8 @@ A property is a function of a `Case`; all of them are in `PROPERTIES`, by name:
     def test_mine(name):
         hbfunc.testing.PROPERTIES[name](hbfunc.testing.case(my_transform()))
 
+    hbfunc.testing.check_class(MyClass)                               # the promises of classes over a recipe
+
 Everything is computed in float64, on parameters in a flat dict keyed by path. Float hyperparameters in the state (under
 "hyper", at any depth: see `with_hyperparameters`) are changed, mapped over and differentiated one by one; a transform
 without any is checked for the rest. Gradients are drawn from fixed seeds, and the global generator is not touched.
@@ -34,6 +36,8 @@ from torch._dynamo.utils import counters
 from hbfunc.contract import Transform, apply_updates
 from hbfunc.forms import short
 from hbfunc.leaves import State, Tree, flat_params
+from hbfunc.testing_classes import CLASS_PROPERTIES as CLASS_PROPERTIES
+from hbfunc.testing_classes import check_class as check_class
 
 Params = dict[str, Tensor]
 Grads = Mapping[str, Tensor | None]
