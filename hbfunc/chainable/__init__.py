@@ -50,7 +50,7 @@ from hbfunc.chainable.rules import (
     update_by_psgd,
     update_by_schedule_free,
 )
-from hbfunc.optim.shim import use_default
+from hbfunc.optim.groups import use_default
 
 __all__ = [
     "BaseOpt",

@@ -19,7 +19,8 @@ from hbfunc.combinators import with_hyperparameters
 from hbfunc.contract import Transform
 from hbfunc.contract import chain as chain_
 from hbfunc.optim.averaged import TrainEval
-from hbfunc.optim.shim import StatefulOptimizer, use_default
+from hbfunc.optim.groups import use_default
+from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import before, check_flags, split_betas
 from hbfunc.precision import round_to_parameters, with_storage

@@ -1,5 +1,6 @@
 """Transforms as torch.optim classes: the stateful shim."""
 
-from hbfunc.optim.shim import StatefulOptimizer, use_default
+from hbfunc.optim.groups import use_default
+from hbfunc.optim.shim import StatefulOptimizer
 
 __all__ = ["StatefulOptimizer", "use_default"]

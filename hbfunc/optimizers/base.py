@@ -15,7 +15,8 @@ from torch import Tensor
 from hbfunc import utils
 from hbfunc.chainable.optimizers import BaseOpt
 from hbfunc.contract import Transform
-from hbfunc.optim.shim import StatefulOptimizer, use_default
+from hbfunc.optim.groups import use_default
+from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import same_source
 from hbfunc.ranges import plain

@@ -1,0 +1,55 @@
+"""The average of the parameters that a class with `use_ema` keeps in `state[p]["ema"]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hbfunc.optim import checkpoint
+from hbfunc.schedules import ema_weight
+from hbfunc.transforms.adaptive import ema
+
+
+class Averages(torch.optim.Optimizer):
+    """An average of each parameter that has a state, and swapping it with the parameter."""
+
+    ema_decay: float = 0.001
+
+    @torch.no_grad()
+    def ema_update(self) -> None:
+        """Move the average of the parameters, `state[p]["ema"]`, towards them by `ema_decay`, debiased.
+
+        Called by every step where `use_ema` is set. A parameter without state (no step yet) has no average.
+        """
+        self._move_averages({})
+
+    def _move_averages(self, moved: Mapping[Tensor, Tensor]) -> None:
+        """`ema_update`, but for the parameters whose step was skipped."""
+        for p, state in self.state.items():
+            now = p.to(checkpoint.average_dtype(p))
+            if "ema" not in state:
+                state["ema"] = now.clone()
+                state["ema_count"] = torch.zeros((), dtype=torch.int64, device=p.device)
+            average, count = state["ema"], state["ema_count"]
+            count += moved[p].to(count.device) if p in moved else 1
+            weight = ema_weight(1 - self.ema_decay, count.to(torch.float64)).to(average.dtype)
+            new = torch.where(count == 1, now, ema(average, now, weight))
+            average.copy_(torch.where(moved[p].to(count.device), new, average) if p in moved else new)
+
+    def copy_emas_to_params(self) -> None:
+        """Swap the parameters with their averages."""
+        self._swap()
+
+    def copy_params_to_emas(self) -> None:
+        """Swap them back: undoes `copy_emas_to_params`."""
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for p, state in self.state.items():
+            if "ema" in state:
+                held = p.to(state["ema"].dtype, copy=True)
+                p.copy_(state["ema"])
+                state["ema"].copy_(held)

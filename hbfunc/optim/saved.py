@@ -1,0 +1,121 @@
+"""State dicts, pickles and copies of a class, and a parameter put in another's place with its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbfunc.exchange import is_sharded, local
+from hbfunc.leaves import Leaves, check_dtype
+from hbfunc.optim import checkpoint
+from hbfunc.optim.guard import guarded
+from hbfunc.optim.guard import views as guard_views
+from hbfunc.optim.resize import checked_rows, resized
+from hbfunc.optim.units import UnitsOfGroups, forms_of
+
+
+class Saved(UnitsOfGroups):
+    """What a class reads and writes of its state as a whole."""
+
+    use_ema: bool = False
+    _unseeded: bool
+
+    def state_size(self) -> int:
+        """Bytes of state on this rank; 0 before the first step."""
+        tensors = [local(x) for entries in self.state.values() for x in entries.values() if isinstance(x, Tensor)]
+        return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in tensors}.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, with functions in param groups by their names only, so that
+        `torch.load(weights_only=True)` takes it. Of sharded parameters, DTensors, the same entries on all ranks, which
+        all must call."""
+        listed = {p for group in self.param_groups for p in group["params"]}
+        with self._showing_all():
+            # A parameter that is in no group any more has no number to save its state by.
+            for p in [p for p in self.state if isinstance(p, Tensor) and p not in listed]:
+                del self.state[p]
+            return checkpoint.without_functions(checkpoint.unshared(super().state_dict()))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's, but state keeps its dtype (float32 moments of bfloat16 parameters), options that the
+        checkpoint does not have stay as they are here, and so does a function that it only knows by name.
+
+        Where the optimizer and the checkpoint both have names of parameters (`named_parameters()`), these say what
+        belongs to which, in whatever order and group; "_orig_mod.", "module.", "_fsdp_wrapped_module." and
+        "_checkpoint_wrapped_module." in them do not count. Otherwise the order does. The optimizer keeps its own names.
+
+        Raises ValueError or TypeError for a state dict that does not fit, of another class, shape, key or name, and
+        leaves the optimizer as it was.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is {type(state_dict).__name__}, expected a dict")
+        before: dict[str, Any] = {k: getattr(self, k) for k in ("state", "param_groups", "_units", "_forms")}
+        before["_names_of"] = dict(self._names_of)
+        hold = self.register_load_state_dict_pre_hook(checkpoint.hold)  # last in line: a user's hooks see tensors
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        finally:
+            hold.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._showing_all():
+            return {**super().__getstate__(), "use_ema": self.use_ema, "_unseeded": self._unseeded}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "defaults" in state:  # unpickled or copied; units are made of `state` at the next step
+            super().__setstate__({"_unseeded": False, **state})
+            self._start_units()
+            return
+        groups = [
+            checkpoint.merged(mine, loaded, f"param_groups[{i}]")
+            for i, (mine, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True))
+        ]
+        released = checkpoint.released(state["state"])
+        super().__setstate__({"state": released, "param_groups": groups, "_units": {}, "_forms": {}})
+        for i, group in enumerate(groups):
+            self._checked(group, self._names(i))
+            if any(self.state.get(p) for p in group["params"]):
+                built = self._built(i, group, loaded=True)  # raises for a state that does not fit
+                # Which small leaves can be joined is known at the first step, when there are gradients.
+                self._units[i] = None if self.transform(group).elementwise else self._key(group), built
+                self._forms[i] = forms_of(self.members(group))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def replace_parameter(self, old: Tensor, new: Tensor, rows: Tensor | None = None) -> None:
+        """Put `new`, which has other rows, in the place of the parameter `old`, and take its state along.
+
+        rows: which rows of `old` the first ones of `new` are: their numbers, or for each row of `old` whether it stays;
+            by default the first ones. State of further rows starts afresh; so do factors that mix rows.
+
+            new = torch.nn.Parameter(torch.cat([old[keep], split]))
+            optimizer.replace_parameter(old, new, keep)
+
+        Raises ValueError where `old` is not in the optimizer, or `new` is, or their shapes differ beyond the rows.
+        """
+        where = {id(p): (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
+        if id(old) not in where or id(new) in where:
+            raise ValueError("replace_parameter(old, new): expected a parameter of the optimizer, and one that is not")
+        if is_sharded(old) or is_sharded(new):
+            raise TypeError("replace_parameter(old, new): got a DTensor, expected plain tensors")
+        i, j = where[id(old)]
+        group, name = self.param_groups[i], self._names(i)[j]
+        tx, rows = self.transform(group), checked_rows(old, new, rows)
+        check_dtype(name, new, tx.elementwise)
+        if old in self.state:
+            before, after = self._leaf(old).detach(), self._leaf(new).detach()
+            leaves = Leaves({name: after})
+            layout = {} if tx.layout is None else tx.layout(leaves)
+            views = guard_views(guarded(tx, group["nonfinite"]).init(leaves), layout, [name], group["nonfinite"])
+            state = resized(self.state[old], views[name], before, after, rows)
+            del self.state[old]
+            self.state[new] = state
+        for known in (self._pairs, self._names_of):
+            known.pop(old, None)
+        group["params"][j] = new

@@ -1,0 +1,258 @@
+"""The units of each param group: made, kept while nothing changed, and renewed from what `optimizer.state` holds."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from hbfunc.exchange import is_sharded
+from hbfunc.leaves import Leaves, check_dtype
+from hbfunc.optim import sharded
+from hbfunc.optim.compiled import Ready
+from hbfunc.optim.groups import ParamGroups
+from hbfunc.optim.guard import COUNTERS
+from hbfunc.optim.joined import joins
+from hbfunc.optim.state import EMA, is_auxiliary
+from hbfunc.optim.unit import Unit
+
+_KEPT = 64  # graphs of units that are no more
+
+Forms = tuple[list[torch.dtype], list[torch.Size], list[torch.device]]  # of a list of tensors
+
+
+class UnitsOfGroups(ParamGroups):
+    """The units that step the parameters of each group. Their entries are those of `state`."""
+
+    def _start_units(self) -> None:
+        """No units yet: they are made of `state` at the next step."""
+        self._units: dict[int, tuple[Any, list[Unit]]] = {}
+        self._pairs: dict[Tensor, Tensor] = {}
+        self._graphs: deque[Ready] = deque(maxlen=_KEPT)  # of units that are no more
+        self._new: dict[Tensor, dict[str, Any] | None] = {}  # whose state this step has made, and what there was
+        self._forms: dict[int, Forms] = {}  # of the parameters of a group, at its last step
+        self._names_of: dict[Tensor, set[str]] = {}  # of the entries of a parameter that are its rule's
+        self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
+
+    def _ready(self, index: int, group: dict[str, Any], forms: Forms, complete: bool) -> list[Unit]:
+        """The units of a group that have a gradient, or whose transform is to be called at every step; made anew where
+        options, parameters or `state` changed.
+
+        forms, complete: as `_check_gradients` found them.
+        """
+        before, units = self._units.get(index, (None, []))
+        if all(p.grad is None for p in group["params"]):
+            tx = units[0].transform if units else self.transform(group)
+            if not tx.every_call:
+                return []
+        key = self._key(group)
+        new = set() if before and before[0] == key[0] else set(key[0]).difference(before[0] if before else ())
+        if (
+            before
+            and before[1:] == key[1:]
+            and (before[0] == key[0] or tuple([i for i in key[0] if i not in new]) == before[0])
+            and (not new or self.transform(group).leafwise)
+            and self._alike(index, key[0], forms)
+        ):
+            units = self._adopted(index, group, units)
+            if new:
+                units = [*units, *self._built(index, group, new)]
+        else:
+            units = self._rebuilt(index, group, units)
+        for unit in () if complete else [unit for unit in units if not unit.whole()]:
+            self._apart.add(index)  # and for good
+            units = self._replaced(index, group, units, unit)
+        self._units[index], self._forms[index] = (self._key(group), units), forms
+        return [unit for unit in units if unit.transform.every_call or unit.moves()]
+
+    def _key(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What the units of a group were made for: which parameters, of how many, and what shapes their graphs."""
+        members = self.members(group)
+        shared = turns(members)
+        ids = tuple(map(id, members))
+        return ids, len(group["params"]), shared if any(shared) else (), group["nonfinite"], self.structure(group)
+
+    def _alike(self, index: int, ids: Sequence[int], forms: Forms) -> bool:
+        """Whether the parameters of a group that it had at its last step are what they were."""
+        before = self._forms.get(index)
+        if before is None or before == forms:
+            return True
+        known = dict(zip(self._units[index][0][0], zip(*before, strict=True), strict=True))
+        return all(known.get(i, form) == form for i, form in zip(ids, zip(*forms, strict=True), strict=True))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _adopted(self, index: int, group: dict[str, Any], units: list[Unit]) -> list[Unit]:
+        """Units with what `state` holds in place of their entries: the same, or others where they have to be."""
+        states = list(self.state.values())
+        moved = [unit for unit in units if not unit.intact(states)]
+        if not moved:
+            return units
+        owners = self._owners(index, group)
+        held = {k: self._held(self.state[p]) for k, p in owners.items() if p in self.state}
+        for unit in moved:
+            try:
+                taken = unit.renew({k: held[k] for k in unit.parameters if k in held})
+            except BaseException:
+                del self._units[index]
+                raise
+            if taken is None:
+                units = self._replaced(index, group, units, unit)
+            else:
+                self._show([(unit, taken)], owners)
+        return units
+
+    def _replaced(self, index: int, group: dict[str, Any], units: list[Unit], unit: Unit) -> list[Unit]:
+        """Units with one of them made anew."""
+        owners, i = self._owners(index, group), units.index(unit)
+        mine = {id(owners[k]) for k in unit.parameters}
+        return [*units[:i], *self._rebuilt(index, group, [unit], mine), *units[i + 1 :]]
+
+    def _rebuilt(
+        self, index: int, group: dict[str, Any], units: list[Unit], only: Collection[int] | None = None
+    ) -> list[Unit]:
+        """Others in place of `units`, see `_built`. Their graphs are kept for a while: they may be what others need."""
+        self._graphs.extend(ready for unit in units for ready in unit.steps.values())
+        self.state.update(self._presented(units))
+        return self._built(index, group, only)
+
+    def _owners(self, index: int, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameters of a group that have a state, by name."""
+        names = dict(zip(map(id, group["params"]), self._names(index), strict=True))
+        return {names[id(p)]: p for p in self.members(group)}
+
+    @staticmethod
+    def _held(state: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of a parameter that are not the class's own."""
+        return {n: x for n, x in state.items() if n not in EMA}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _built(
+        self, index: int, group: dict[str, Any], only: Collection[int] | None = None, loaded: bool = False
+    ) -> list[Unit]:
+        """Fresh units, with what `self.state` holds copied into them, and their entries in `self.state`.
+
+        only: ids of the parameters that they are for, in place of all that have a state. loaded: `state` is that of a
+        checkpoint.
+        """
+        self._check_whole(index)
+        every = self._owners(index, group)
+        owners = {k: p for k, p in every.items() if only is None or id(p) in only}
+        elementwise = self.transform(group).elementwise
+        for k, p in owners.items():
+            check_dtype(k, p, elementwise)
+        leaves = sorted((k, self._leaf(p)) for k, p in owners.items())
+        double = any(self._leaf(p).dtype == torch.float64 for p in every.values())
+        held = {k: self._held(self.state[p]) for k, p in owners.items() if p in self.state}
+        if any(is_sharded(p) for _, p in leaves):
+            make, joining = partial(self.transform, group), None if index in self._apart else held
+            units = sharded.units(make, leaves, double, group["foreach"], group["nonfinite"], joining)
+        else:
+            devices = dict.fromkeys(p.device for _, p in leaves)  # tensors of one graph are on one device
+            parts = [[leaf for leaf in leaves if leaf[1].device == device] for device in devices]
+            # Parameters in one place in memory are stepped one after the other.
+            numbered = [list(zip(turns([p for _, p in part]), part, strict=True)) for part in parts]
+            parts = [
+                [leaf for n, leaf in part if n == turn] for part in numbered for turn in sorted({n for n, _ in part})
+            ]
+            if not group["foreach"]:
+                parts = [[leaf] for leaf in leaves]
+            units = [self._unit(group, Leaves(part), double, held, index) for part in parts]
+        for unit in units:
+            unit.varied = index in self._apart
+            unit.rule = self.rule(group, unit)
+        taken = [unit.take({k: held[k] for k in unit.parameters if k in held}, loaded) for unit in units]
+        self._show(list(zip(units, taken, strict=True)), owners)
+        return units
+
+    def _unit(self, group: dict[str, Any], leaves: Leaves, double: bool, held: dict[str, Any], index: int) -> Unit:
+        tx, policy = self.transform(group), group["nonfinite"]
+        apart = index in self._apart or not tx.elementwise or policy == "skip_leaf"
+        return Unit(tx, leaves, double, [] if apart else joins(leaves, held), policy)
+
+    def _show(self, units: Iterable[tuple[Unit, dict[str, set[str]]]], owners: Mapping[str, Tensor]) -> None:
+        """Put the entries of units into `state`, in place of those that they took and of what the rule had before."""
+        for unit, taken in units:
+            for k, entries in unit.entries.items():
+                p, ours = owners[k], taken.get(k, set())
+                if not ours:
+                    self._new[p] = dict(self.state[p]) if p in self.state else None
+                if not isinstance(self.state.get(p), dict):
+                    self.state[p] = dict(self.state.get(p, {}))
+                state = self.state[p]
+                gone = ours | self._names_of.get(p, set()) | {n for n in state if n in COUNTERS or is_auxiliary(n)}
+                for n in [n for n in gone if n in state and n not in entries]:
+                    del state[n]
+                state.update(entries)
+                self._names_of[p] = set(entries)
+        numbers = {id(p): i for i, p in enumerate(self.state)}
+        for unit, _ in units:
+            unit.settle({k: (numbers[id(owners[k])], self.state[owners[k]]) for k in unit.entries})
+
+    def _forget_new(self) -> None:
+        """Leave the parameters whose first step failed as they were."""
+        for p, before in self._new.items():
+            self.state.pop(p, None)
+            if before is not None:
+                self.state[p] = before
+        self._new = {}
+
+    def _presented(
+        self, units: Iterable[Unit] | None = None, names: Sequence[str] | None = None
+    ) -> dict[Tensor, dict[str, Any]]:
+        """What `state` holds of these or all units, or its entries of such names, whatever is in front of them. Of
+        leaves that have an owner, shards on all ranks, which all must call."""
+
+        def wanted(n: str) -> bool:
+            return names is None or str(n).rpartition(".")[2] in names
+
+        every = [unit for _, found in self._units.values() for unit in found] if units is None else units
+        shards: dict[Tensor, dict[str, Any]] = {}
+        for unit in every:
+            if isinstance(unit, sharded.OwnedUnit):
+                entries = unit.presented(wanted)
+                for k, p in unit.parameters.items():
+                    if self.state.get(p) is unit.held.get(k):
+                        rest = {n: x for n, x in unit.held[k].items() if n not in unit.expected[k] and wanted(n)}
+                        shards[p] = {**entries[k], **rest}
+        return shards
+
+    @contextmanager
+    def _showing_all(self) -> Iterator[None]:
+        held = self.state
+        self.state = defaultdict(dict, {**held, **self._presented()})
+        try:
+            yield
+        finally:
+            self.state = held
+
+
+def forms_of(tensors: Sequence[Tensor]) -> Forms:
+    return [x.dtype for x in tensors], [x.shape for x in tensors], [x.device for x in tensors]
+
+
+def turns(params: Sequence[Tensor]) -> tuple[int, ...]:
+    """For each parameter, how many before it begin at the same place in memory, as those that are tied by `.data`."""
+    places = [_place(p) for p in params]
+    if len(set(places)) == len(places):
+        return (0,) * len(places)
+    seen: Counter[Any] = Counter()
+    found = []
+    for place in places:
+        found.append(seen[place])
+        seen[place] += 1
+    return tuple(found)
+
+
+def _place(p: Tensor) -> Any:
+    """Where a parameter begins; one that has no memory here of its own is somewhere else than all others."""
+    if p.is_meta or isinstance(p, FakeTensor) or is_sharded(p) or p.numel() == 0:
+        return id(p), None
+    return p.data_ptr()
