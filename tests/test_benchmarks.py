@@ -83,7 +83,7 @@ def test_every_timed_step_moves_every_parameter():
 def test_kinds_of_steps_are_what_the_optimizer_decides(row, monkeypatch):
     decided = []
     advance = StatefulOptimizer.advance
-    monkeypatch.setattr(StatefulOptimizer, "advance", lambda o, u, d, p: (decided.append(bool(d)), advance(o, u, d, p)))
+    monkeypatch.setattr(StatefulOptimizer, "advance", lambda o, u, d, *r: (decided.append(bool(d)), advance(o, u, d, *r)))
     spec = step.contenders(row, TOY, [None], eager_peers=True)[step.OURS]
     one = step.Contender(row, spec, TOY, CPU)
     gradients = [common.tensors(TOY, CPU, 1e-2, 1)]
@@ -132,7 +132,8 @@ def test_state_bytes_are_what_an_optimizer_holds(row):
     held = {(x.data_ptr(), x.nbytes) for entries in optimizer.state.values() for x in entries.values() if x.ndim}
     computed = memory.state_bytes(row, TOY)
     assert computed == sum(nbytes for _, nbytes in held)
-    assert computed <= optimizer.state_size() <= computed + 32 * len(TOY)
+    # Besides, counts and numbers: four of 8 bytes at most, and Schedule-Free's beta1.
+    assert computed <= optimizer.state_size() <= computed + 36 * len(TOY)
 
 
 def test_state_in_the_readme():

@@ -324,7 +324,7 @@ def test_a_rank_of_512_owns_its_share(rank):
         optimizer = hbfunc.SOAP(zip(shapes, params, strict=True), lr=0.1)
         for p in params:
             p.grad = torch.zeros_like(p)
-        unit = optimizer._built(0, optimizer.param_groups[0])[1][0]
+        (unit,) = optimizer._built(0, optimizer.param_groups[0])
         assert unit.owned == [k for k in shapes if owner[k] == rank]
         moments = 2 * sum(m * n + m * m + n * n for k, (m, n) in shapes.items() if owner[k] == rank)
         counts = 3 * len(unit.owned)

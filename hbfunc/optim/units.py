@@ -57,7 +57,7 @@ class UnitsOfGroups(ParamGroups):
             before
             and before[1:] == key[1:]
             and (before[0] == key[0] or tuple([i for i in key[0] if i not in new]) == before[0])
-            and (not new or self.transform(group).leafwise)
+            and (not new or self._may_join_later(group))
             and self._alike(index, key[0], forms)
         ):
             units = self._adopted(index, group, units)
@@ -77,6 +77,11 @@ class UnitsOfGroups(ParamGroups):
         shared = turns(members)
         ids = tuple(map(id, members))
         return ids, len(group["params"]), shared if any(shared) else (), group["nonfinite"], self.structure(group)
+
+    def _may_join_later(self, group: dict[str, Any]) -> bool:
+        """Whether a parameter's steps are the same in a unit made later. Micro-batches are counted from the first one."""
+        tx = self.transform(group)
+        return tx.leafwise and not tx.every_call
 
     def _alike(self, index: int, ids: Sequence[int], forms: Forms) -> bool:
         """Whether the parameters of a group that it had at its last step are what they were."""

@@ -140,11 +140,15 @@ class FromTransform(Averaging, WithCurvature):
             raise
 
 
-@lru_cache(maxsize=16)  # one for groups of one transform, which then share their graphs
 @remembered
 def with_lr(inner: Transform) -> Transform:
     """`inner` with a hyperparameter lr = 1 above: a factor of the learning rates inside, or of its updates if there are
     none."""
+    return _with_lr(inner)
+
+
+@lru_cache(maxsize=16)  # one for groups of one transform, which then share their graphs
+def _with_lr(inner: Transform) -> Transform:
     return with_hyperparameters(lambda lr: _times(inner, lr), lr=1.0)
 
 
