@@ -42,6 +42,7 @@ _INF = float("inf")
 RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     **dict.fromkeys(("lr", "eps", "weight_decay", "mars_gamma", "beta2_scale", "precond_lr"), (0, _INF, False, True)),
     **dict.fromkeys(("clip_exp", "alpha"), (0, _INF, False, True)),
+    "warmup_steps": (0, _INF, False, True),
     **dict.fromkeys(("beta", "beta1", "beta2", "beta3", "momentum", "shampoo_beta"), (0, 1, False, True)),
     "dampening": (0, 1, False, False),
     **dict.fromkeys(("precond_init_scale", "d0", "d_coef"), (0, _INF, True, True)),

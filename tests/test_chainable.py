@@ -317,7 +317,7 @@ def _flags(cls: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CHAINS)
 def test_chain_by_hand_is_the_class(name):
     cls, _, options, fns = CHAINS[name]
-    options = {**options, "warmup_steps": 0, "caution": True, "seed": 1}
+    options = {**options, "warmup_steps": 0, "caution": name not in ("RMSprop", "SFAdamW"), "seed": 1}  # no effect there
     probability = {"preconditioner_update_probability": lambda t: 1 / t} if name == "PurePSGD" else {}
     params = list(values(0).values())
     state: dict[Tensor, dict[str, Any]] = {}

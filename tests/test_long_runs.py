@@ -135,7 +135,7 @@ def test_palms_beta2_far_out(n: int) -> None:
     assert state["exp_avg_sq"]["w"].item() == pytest.approx((n + 1) ** -0.8, rel=0, abs=2.3e-16)  # 1 - beta2
 
 
-@pytest.mark.parametrize("n", FAR[:2])
+@pytest.mark.parametrize("n", [2**20, 2**24])  # of 1 - 1/n float32 makes 1 beyond, which is refused
 def test_the_bias_correction_of_a_very_slow_average(n: int) -> None:
     beta = 1 - 1 / n
     tx = hbfunc.exp_avg(beta)

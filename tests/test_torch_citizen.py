@@ -510,3 +510,12 @@ def test_what_it_says_of_itself(name: str) -> None:
     assert "Parameter Group 0" in repr(optimizer)
     assert "lr: 0.02" in repr(optimizer)
     assert "Parameter containing" not in repr(optimizer)
+
+
+@pytest.mark.parametrize("name", ["SFAdamW", "PSGDKron", "AdamW"])
+def test_hooks_run_once_beside_an_optimizer_of_the_base_class(name: str) -> None:
+    """torch puts the call of hooks around the `step` of the class that is made: of a base class too, once one is made."""
+    for base in hbfunc.AdamW.__mro__:
+        if "step" in vars(base) and base is not torch.optim.Optimizer:
+            torch.optim.Optimizer._patch_step_function(base.__new__(base))
+    test_step_hooks_of_every_class(name)

@@ -904,7 +904,7 @@ def test_an_error_while_compiling_a_later_group_leaves_all_groups_as_they_were(m
     if not memory:  # for copies to rehearse on: then the step compiles, as it would alone
         monkeypatch.setattr("hbfunc.optim.unit._copy", full)
 
-    params = {k: p for k, p in make_params().items() if k in ("bias", "scalar")}
+    params = {k: P(n, 2 + memory) for n, k in enumerate("ab", 5)}  # of shapes that have no graphs yet
     groups = [{"params": [(k, p)]} for k, p in params.items()]
     optimizer = hbfunc.AdamW(groups)
     optimizer.param_groups[1]["gradient_clipping"] = raising
@@ -920,7 +920,8 @@ def test_an_error_while_compiling_a_later_group_leaves_all_groups_as_they_were(m
     give(params, draw(params))
     optimizer.step()
     made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
-    assert made == 2  # a rehearsal on copies compiles what the step then runs
+    # A rehearsal on copies compiles what the step then runs, and the first group's has.
+    assert made == (1 if memory else 2)
     assert all(
         not torch.equal(p, q) for p, q in zip(params.values(), before["params"][0] + before["params"][1], strict=True)
     )
@@ -1245,8 +1246,10 @@ def fuzz(name: str, seed: int, examples: int) -> None:
         taken += 1
         if any(group.get("curvature") for group in optimizer.param_groups):
             continue  # which steps with a closure only
-        values = [x for entries in optimizer.state.values() for x in entries.values()]
-        assert all(isinstance(x, Tensor) and not x.isnan().any() for x in values), what
+        # Entries of other names are somebody else's, and kept as they are.
+        own = {p: entries.keys() & source.state[q].keys() for (p, entries), q in zip(optimizer.state.items(), source.state)}
+        values = [x for p, entries in optimizer.state.items() for k, x in entries.items() if k in own[p]]
+        assert all(isinstance(x, Tensor) and not x.isnan().any() for x in values), (what, bad['state'][3])
         train(optimizer, params)
         optimizer, params = make()
         train(optimizer, params)

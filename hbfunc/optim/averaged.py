@@ -43,11 +43,11 @@ class Averaging(StatefulOptimizer):
                     real.copy_(move(real, *found))
             group["train_mode"] = train
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """As the base class. Raises RuntimeError in eval mode, where the parameters are not where gradients belong."""
         if not all(group.get("train_mode", True) for group in self.param_groups):
             raise RuntimeError("the optimizer is in eval mode: call optimizer.train() before step()")
-        return super().step(closure)
+        return super().evaluate(closure)
 
 
 class TrainEval(Averaging):

@@ -24,17 +24,14 @@ class WithCurvature(StatefulOptimizer):
 
     _gradients: dict[Tensor, Tensor] = {}  # noqa: RUF012  # with their graph, within a step; replaced, never changed
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def finish(self) -> None:
+        self._gradients = {}
+
+    def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """As the base class; with `curvature=True`, `closure` returns the loss and does not call backward().
 
         Raises ValueError where there is none, and RuntimeError where it returns no loss with a graph.
         """
-        try:
-            return super().step(closure)
-        finally:
-            self._gradients = {}
-
-    def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         groups = self.param_groups
         if not any(group["curvature"] for group in groups):
             return super().evaluate(closure)

@@ -127,15 +127,21 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         Raises TypeError for a sparse gradient or one of no fitting dtype, ValueError for one of another shape or device
         than its parameter and for a hyperparameter out of range.
         """
-        loss = self.evaluate(closure)
         self._new = {}
         kinds = {p.device.type for group in self.param_groups for p in group["params"] if not p.is_meta}
         try:
+            loss = self.evaluate(closure)
             in_own_precision(self._advance_all, kinds)
         except BaseException:
             self._forget_new()
             raise
+        finally:
+            self.finish()
         return loss
+
+    def finish(self) -> None:
+        """What is done at the end of a step, also of one that raised. Subclasses override this and `evaluate`, not `step`,
+        around which torch puts hooks, once for each class that has one."""
 
     def _advance_all(self) -> None:
         if self._unseeded:
