@@ -83,7 +83,8 @@ def test_every_timed_step_moves_every_parameter():
 def test_kinds_of_steps_are_what_the_optimizer_decides(row, monkeypatch):
     decided = []
     advance = StatefulOptimizer.advance
-    monkeypatch.setattr(StatefulOptimizer, "advance", lambda o, u, d, *r: (decided.append(bool(d)), advance(o, u, d, *r)))
+    noting = lambda o, u, d, *rest: (decided.append(bool(d)), advance(o, u, d, *rest))  # noqa: E731
+    monkeypatch.setattr(StatefulOptimizer, "advance", noting)
     spec = step.contenders(row, TOY, [None], eager_peers=True)[step.OURS]
     one = step.Contender(row, spec, TOY, CPU)
     gradients = [common.tensors(TOY, CPU, 1e-2, 1)]

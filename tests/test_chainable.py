@@ -262,6 +262,7 @@ def test_a_chain_is_the_class_bit_for_bit(name, palm):
         pytest.skip("no second moment")
     more: dict[str, Any] = {"mars": True, "caution": True, "mars_gamma": 0.01}
     flag = {"palm": palm, "beta2_scale": 0.7} if "betas" in options else {}
+    # Caution has no effect in those two.
     probability = {"preconditioner_update_probability": lambda t: 1 / t} if name == "PurePSGD" else {}
     clips = {"gradient_clipping": "l2_clip_", "update_clipping": "rmsnorm_clip_"}
     expected, reference = trained(lambda ps: cls(ps, **options, **more, **flag, **probability, **clips, seed=1), LATE)
@@ -294,6 +295,7 @@ def test_a_compiled_chain_is_the_class_bit_for_bit(monkeypatch):
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_lifted_chain_is_the_recipe_bit_for_bit(name):
     cls, _, options, fns = CHAINS[name]
+    # Caution has no effect in those two.
     probability = {"preconditioner_update_probability": lambda t: 1 / t} if name == "PurePSGD" else {}
     recipe = cls.recipe(**{**options, **probability, "weight_decay": 0.0, "warmup_steps": 0}, **_flags(cls))
     group = {k: v for k, v in options.items() if k not in ("weight_decay", "warmup_steps")}
@@ -317,7 +319,8 @@ def _flags(cls: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CHAINS)
 def test_chain_by_hand_is_the_class(name):
     cls, _, options, fns = CHAINS[name]
-    options = {**options, "warmup_steps": 0, "caution": name not in ("RMSprop", "SFAdamW"), "seed": 1}  # no effect there
+    options = {**options, "warmup_steps": 0, "caution": name not in ("RMSprop", "SFAdamW"), "seed": 1}
+    # Caution has no effect in those two.
     probability = {"preconditioner_update_probability": lambda t: 1 / t} if name == "PurePSGD" else {}
     params = list(values(0).values())
     state: dict[Tensor, dict[str, Any]] = {}

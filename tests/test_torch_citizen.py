@@ -514,7 +514,7 @@ def test_what_it_says_of_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SFAdamW", "PSGDKron", "AdamW"])
 def test_hooks_run_once_beside_an_optimizer_of_the_base_class(name: str) -> None:
-    """torch puts the call of hooks around the `step` of the class that is made: of a base class too, once one is made."""
+    """torch puts the call of hooks around the `step` of a class that is made: of a base class too, once one is."""
     for base in hbfunc.AdamW.__mro__:
         if "step" in vars(base) and base is not torch.optim.Optimizer:
             torch.optim.Optimizer._patch_step_function(base.__new__(base))

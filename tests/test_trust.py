@@ -1247,9 +1247,9 @@ def fuzz(name: str, seed: int, examples: int) -> None:
         if any(group.get("curvature") for group in optimizer.param_groups):
             continue  # which steps with a closure only
         # Entries of other names are somebody else's, and kept as they are.
-        own = {p: entries.keys() & source.state[q].keys() for (p, entries), q in zip(optimizer.state.items(), source.state)}
-        values = [x for p, entries in optimizer.state.items() for k, x in entries.items() if k in own[p]]
-        assert all(isinstance(x, Tensor) and not x.isnan().any() for x in values), (what, bad['state'][3])
+        pairs = zip(optimizer.state.values(), source.state.values(), strict=False)
+        values = [x for entries, own in pairs for k, x in entries.items() if k in own]
+        assert all(isinstance(x, Tensor) and not x.isnan().any() for x in values), what
         train(optimizer, params)
         optimizer, params = make()
         train(optimizer, params)

@@ -139,6 +139,8 @@ def _check_values(state_dict: Mapping[str, Any]) -> None:
     for p, entries in state_dict["state"].items():
         for k, x in entries.items():
             where = f"['state'][{p!r}][{k!r}]"
+            if isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63):  # which a 0-dim entry may be
+                x = torch.tensor(x)
             if not isinstance(x, Tensor) or x.is_meta or x.layout != torch.strided:
                 continue
             if x.is_floating_point():

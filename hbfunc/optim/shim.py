@@ -140,8 +140,8 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         return loss
 
     def finish(self) -> None:
-        """What is done at the end of a step, also of one that raised. Subclasses override this and `evaluate`, not `step`,
-        around which torch puts hooks, once for each class that has one."""
+        """What is done at the end of a step, also of one that raised. Subclasses override this and `evaluate`, not
+        `step`, around which torch puts hooks, once for each class that has one."""
 
     def _advance_all(self) -> None:
         if self._unseeded:

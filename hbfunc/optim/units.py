@@ -79,7 +79,7 @@ class UnitsOfGroups(ParamGroups):
         return ids, len(group["params"]), shared if any(shared) else (), group["nonfinite"], self.structure(group)
 
     def _may_join_later(self, group: dict[str, Any]) -> bool:
-        """Whether a parameter's steps are the same in a unit made later. Micro-batches are counted from the first one."""
+        """Whether a parameter's steps are the same in a unit made later. (Micro-batches are counted from the first.)"""
         tx = self.transform(group)
         return tx.leafwise and not tx.every_call
 
