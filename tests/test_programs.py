@@ -509,6 +509,19 @@ def test_timms_lookahead(timm: Any, name: str) -> None:
     assert not same(without, found)
 
 
+@every
+def test_timms_lookahead_resumes(timm: Any, name: str, tmp_path: Path) -> None:
+    """Its slow weights are entries of the optimizer's state: saved, loaded and gone on with."""
+    data = list(batches(10))
+    (model, optimizer), (other, again) = look_ahead(timm, name), look_ahead(timm, name)
+    stepped(model, optimizer, data[:6])
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "held.pt")
+    held = torch.load(tmp_path / "held.pt", weights_only=True)
+    other.load_state_dict(held["model"])
+    again.load_state_dict(held["optimizer"])
+    assert same(stepped(other, again, data[6:]), stepped(model, optimizer, data[6:]))
+
+
 # -- torch.distributed.checkpoint -----------------------------------------------------------------------------------
 
 
