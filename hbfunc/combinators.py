@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,16 @@ from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_lea
 from hbfunc.transforms.adaptive import ema
 
 
+class _Making(threading.local):
+    """What `with_hyperparameters` is about in this thread."""
+
+    inside = False  # whether a factory of one is being called
+    nested = False  # whether that factory has made another one
+
+
+_making = _Making()
+
+
 @remembered
 def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) -> Transform:
     """The transform `factory(**values)` with its numbers in the state, as 0-dim tensors under "hyper".
@@ -54,6 +65,12 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
 
         tx = with_hyperparameters(lambda lr: chain(scale_by_adam(), scale_by_learning_rate(lr)), lr=1e-3)
         state["hyper"]["lr"] = torch.tensor(1e-4)
+
+    A factory may make transforms that have numbers of their own, recipes above all. Those that it gives a tensor are
+    functions of its arguments: they are computed at every step, and are in no state. The others are in the state, in
+    the same "hyper" where nothing is between the two; ValueError if they have a name in common there.
+
+        tx = with_hyperparameters(lambda log_lr: adamw(lr=10**log_lr), log_lr=-3.0)
     """
     numbers = {
         k: v.clone() if isinstance(v, Tensor) else v
@@ -61,39 +78,79 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         if isinstance(v, (int, float, Tensor)) and not isinstance(v, bool)
     }
     choices = {k: v for k, v in values.items() if k not in numbers}
-    built = factory(**values)
+    stored = [k for k, v in numbers.items() if not (_making.inside and isinstance(v, Tensor))]
+
+    def make(hyper: Mapping[str, Any], **more: Any) -> tuple[Transform, bool]:
+        """The transform, and whether others like this one are in it."""
+        before, _making.inside, _making.nested = _making.inside, True, False
+        try:
+            made = factory(**more, **hyper)
+            return made, _making.nested
+        finally:
+            _making.inside = _making.nested = before
+
+    built, nested = make(values)
+    if nested:  # which of their numbers are functions of these, shows where these are tensors
+        built, _ = make({k: torch.as_tensor(v) for k, v in numbers.items()}, **choices)
 
     def tensor(value: float | Tensor, params: Leaves) -> Tensor:
         double = any(p.dtype == torch.float64 for p in params.values())
         device = next((p.device for p in params.values()), None)
         return _number(value, torch.float64 if double else torch.float32, device)
 
+    def split(state: State) -> tuple[dict[str, Tensor | None], dict[str, Any], State]:
+        """The numbers of a state, what else is beside them, and the inner transform's state."""
+        given = state.get("hyper") if stored else state.get("hyper", {})
+        if not isinstance(given, dict) or any(k not in given for k in stored):
+            mine = {k: v for k, v in given.items() if k in stored} if nested and isinstance(given, dict) else given
+            raise ValueError(_other_numbers(built.name, mine, stored, choices))
+        inner, _ = _apart(state)
+        others = {k: v for k, v in given.items() if k not in stored}
+        # None stands for the transform's own number, see `hbfunc.sweep`.
+        return {k: given.get(k) for k in numbers if k in stored}, others, {"hyper": others, **inner} if others else inner
+
     def init(params: Leaves) -> State:
         hyper = {k: tensor(v, params) for k, v in numbers.items()}
-        return {"hyper": hyper, **factory(**choices, **hyper).init(params)}
+        inner = make(hyper, **choices)[0].init(params)
+        inner, others = _apart(inner)
+        for k in stored:
+            if k in others:
+                raise ValueError(
+                    f"{k}: with_hyperparameters and the {built.name} that it makes both have a number of this name, "
+                    "expected different names"
+                )
+        return {"hyper": {k: hyper[k] for k in stored} | others, **inner}
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
-        given = state.get("hyper")
-        if not isinstance(given, dict) or given.keys() != numbers.keys():
-            raise ValueError(_other_numbers(built.name, given, numbers, choices))
-        # None stands for the transform's own number, see `hbfunc.sweep`.
-        values = {k: v if given[k] is None else given[k] for k, v in numbers.items()}
-        hyper = {k: v if v is given[k] and isinstance(v, Tensor) else tensor(v, params) for k, v in values.items()}
-        inner = {k: v for k, v in state.items() if k != "hyper"}
-        updates, inner = factory(**choices, **hyper).update(inner, updates, params, **extras)
-        return updates, {"hyper": hyper, **inner}
+        given, others, inner = split(state)
+        hyper = {k: v if given.get(k) is None else given[k] for k, v in numbers.items()}
+        hyper = {k: v if v is given.get(k) and isinstance(v, Tensor) else tensor(v, params) for k, v in hyper.items()}
+        updates, inner = make(hyper, **choices)[0].update(inner, updates, params, **extras)
+        inner, after = _apart(inner)
+        if after.keys() != others.keys() or others and after is others:  # nobody has taken them for theirs
+            raise ValueError(_other_numbers(built.name, state["hyper"], stored, choices))
+        return updates, {"hyper": {k: hyper[k] for k in stored} | after, **inner}
 
     def refreshes(state: State) -> RefreshSchedule | None:
-        inner = {k: v for k, v in state.items() if k != "hyper"}
-        schedule = factory(**choices, **state["hyper"]).refreshes
+        given, _, inner = split(state)
+        hyper = {k: v if given.get(k) is None else given[k] for k, v in numbers.items()}
+        schedule = make(hyper, **choices)[0].refreshes
         return None if schedule is None else schedule(inner)
 
     changes: dict[str, Any] = {} if built.refreshes is None else {"refreshes": refreshes}
-    if "lr" in numbers:  # which is there for everybody to scale
+    if "lr" in stored:  # which is there for everybody to scale
         changes["needs"] = tuple(need for need in built.needs if need != "rate")
     return wrap(built, init, update, inside="", **changes)
+
+
+def _apart(state: State) -> tuple[State, dict[str, Any]]:
+    """A state without the hyperparameters that it has at its root, and these."""
+    found = state.get("hyper")
+    if not isinstance(found, dict):
+        return state, {}
+    return {k: v for k, v in state.items() if k != "hyper"}, found
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
@@ -102,7 +159,7 @@ def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | No
     return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
 
 
-def _other_numbers(name: str, given: Any, numbers: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
+def _other_numbers(name: str, given: Any, numbers: Collection[str], choices: Mapping[str, Any]) -> str:
     expected = ", ".join(map(repr, numbers)) or "no names"
     if not isinstance(given, dict):
         return f"the state of {name} lacks a dict 'hyper': expected one with {expected}"
