@@ -37,7 +37,7 @@ from hbfunc.leaves import (
     kept,
     zeros,
 )
-from hbfunc.nonfinite import select
+from hbfunc.nonfinite import select, together
 from hbfunc.ranges import check_int, check_number, truth
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transforms.adaptive import ema
@@ -107,7 +107,8 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         inner, _ = _apart(state)
         others = {k: v for k, v in given.items() if k not in stored}
         # None stands for the transform's own number, see `hbfunc.sweep`.
-        return {k: given.get(k) for k in numbers if k in stored}, others, {"hyper": others, **inner} if others else inner
+        mine = {k: given[k] for k in stored}
+        return mine, others, {"hyper": others, **inner} if others else inner
 
     def init(params: Leaves) -> State:
         hyper = {k: tensor(v, params) for k, v in numbers.items()}
@@ -125,11 +126,12 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
         given, others, inner = split(state)
-        hyper = {k: v if given.get(k) is None else given[k] for k, v in numbers.items()}
-        hyper = {k: v if v is given.get(k) and isinstance(v, Tensor) else tensor(v, params) for k, v in hyper.items()}
+        written = {k: v for k, v in given.items() if v is not None}
+        known = {k: v for k, v in written.items() if isinstance(v, Tensor)}
+        hyper = {k: known[k] if k in known else tensor(v, params) for k, v in (numbers | written).items()}
         updates, inner = make(hyper, **choices)[0].update(inner, updates, params, **extras)
         inner, after = _apart(inner)
-        if after.keys() != others.keys() or others and after is others:  # nobody has taken them for theirs
+        if after.keys() != others.keys() or (others and after is others):  # nobody has taken them for theirs
             raise ValueError(_other_numbers(built.name, state["hyper"], stored, choices))
         return updates, {"hyper": {k: hyper[k] for k in stored} | after, **inner}
 
@@ -433,7 +435,7 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
             new, after = inner.update(state["inner"], given["mean"], params, **extras)
             moving = {k: ended[k] & x for k, x in had.items()}
             layout = {} if inner.layout is None else inner.layout(params)
-            stepped = last & torch.stack([x.to(last.device) for x in had.values()]).any() if had else last
+            stepped = last & ~together([~x for x in had.values()]).to(last.device) if had else last
             after = select_leaves(moving, after, state["inner"], layout, stepped)
         counts = {"count": count}
         if not fixed:

@@ -102,7 +102,8 @@ def test_three_deep():
 
     tx = hbfunc.with_hyperparameters(outer, x=0.1)
     state = tx.init(PARAMS)
-    assert {"x", "y"} <= state["hyper"].keys() and not {"lr", "z", "weight_decay"} & state["hyper"].keys()
+    assert {"x", "y"} <= state["hyper"].keys()
+    assert not {"lr", "z", "weight_decay"} & state["hyper"].keys()
 
     def change(state: Any) -> None:
         state["hyper"]["x"], state["hyper"]["y"] = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 4.0))
@@ -180,7 +181,8 @@ def test_in_a_sweep_and_by_hypergradient():
     value, slopes = final(-0.5)
     high, low = final(-0.5 + 1e-5)[0], final(-0.5 - 1e-5)[0]
     torch.testing.assert_close(slopes["x"], (high - low) / 2e-5, rtol=1e-5, atol=1e-8)
-    assert value.isfinite() and slopes["x"] != 0
+    assert value.isfinite()
+    assert slopes["x"] != 0
 
 
 @pytest.mark.parametrize("between", ["nothing", "chain", "partition", "accumulate"])
@@ -199,7 +201,8 @@ def test_as_a_class(between):
         return float((before - w.detach()).mean())
 
     assert moved() == pytest.approx(0.01, rel=1e-4)
-    assert [k for k in group if k.split(".")[-1] == "x"] == ["x"] and group["lr"] == 1.0
+    assert [k for k in group if k.split(".")[-1] == "x"] == ["x"]
+    assert group["lr"] == 1.0
     group["x"] = -1.0
     assert moved() == pytest.approx(0.1, rel=1e-4)
     torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.5)
@@ -208,7 +211,8 @@ def test_as_a_class(between):
     other = hbfunc.FromTransform([("w", w)], tx)
     other.load_state_dict(saved)
     opt = other
-    assert opt.param_groups[0]["x"] == -1.0 and moved() == pytest.approx(0.05, rel=1e-4)
+    assert opt.param_groups[0]["x"] == -1.0
+    assert moved() == pytest.approx(0.05, rel=1e-4)
 
 
 def module_factory(x: Any) -> hbfunc.Transform:
