@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hbfunc.contract import (
     NOTHING,
+    Flush,
     RefreshSchedule,
     Transform,
     apply_updates,
@@ -369,7 +370,8 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
     steps: a positive int; an integer 0-dim tensor, a hyperparameter for instance; or a function from the number of the
         window, a 0-dim tensor from 1, to its length. What is below 1 counts as 1.
     update(..., flush=True), a bool or a 0-dim bool tensor, ends a window early: `inner` gets the mean of the calls so
-        far, this one included, and the next call begins a window. The last calls of an epoch are not lost then.
+        far, this one included if it has any gradient, and the next call begins a window. The last calls of an epoch are
+        not lost then.
 
     Pure and of one shape, so that it compiles and maps: `inner` is computed at every call and selected at the last.
     Raises ValueError for an int below 1 and a tensor that is no integer scalar.
@@ -388,25 +390,26 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         means = {"mean": zeros(params), **({"grads": zeros(params)} if raw else {})}
         return {**counts, "seen": count_zeros(params), **means, "inner": inner.init(params)}
 
-    def window(state: State) -> tuple[Any, Tensor]:
-        """The length of the window, and how many calls it has, this one included."""
+    def window(state: State, counts: int | Tensor) -> tuple[Any, Tensor]:
+        """The length of the window, and how many calls it has, with this one if it counts."""
         if fixed:
-            return steps, state["count"] % steps + 1
+            return steps, state["count"] % steps + counts
         value = steps(state["windows"] + 1) if callable(steps) else steps
         length = torch.as_tensor(value, device=state["count"].device).to(torch.int64).clamp(min=1)
-        return length, state["gathered"] + 1
+        return length, state["gathered"] + counts
 
     def update(
         state: State,
         updates: dict[str, Tensor],
         params: Leaves,
         *,
-        flush: bool | Tensor | None = None,
+        flush: Flush | bool | Tensor | None = None,
         present: Flat | None = None,
         **extras: Any,
     ) -> tuple[dict[str, Tensor], State]:
-        length, gathered = window(state)
-        count, last = state["count"] + 1, gathered >= length
+        ends, counts = flush if isinstance(flush, Flush) else Flush(flush)
+        length, gathered = window(state, counts)
+        count, last = state["count"] + counts, gathered >= length
         mean = {**state["mean"], **{k: state["mean"][k] + u / length for k, u in updates.items()}}
         grads = updates if extras.get("grads") is None else extras["grads"]
         means = {"mean": mean}
@@ -415,12 +418,13 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         news = {k: 1 if present is None else present[k].to(torch.int64) for k in updates}
         seen = {**state["seen"], **{k: state["seen"][k] + n for k, n in news.items()}}
         given = means
-        if flush is not None and flush is not False:
-            last = last | torch.as_tensor(flush, device=last.device)
-            factor = torch.where(last, length / gathered, 1.0)
+        if ends is not None and ends is not False:
+            last = last | torch.as_tensor(ends, device=last.device)
+            factor = torch.where(last, length / gathered.clamp(min=1), 1.0)
             given = {name: {k: m * factor.to(m) for k, m in part.items()} for name, part in means.items()}
-            if fixed:
-                count = torch.where(last, count + (length - gathered), count)  # on to the next window
+            if fixed:  # on to the next window
+                count = torch.where(last & (gathered > 0), count + (length - gathered), count)
+            flush = Flush(ends, (gathered > 0).to(torch.int64))
         extras.pop("grads", None)
         if raw:
             extras["grads"] = given["grads"]
@@ -437,12 +441,12 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
             layout = {} if inner.layout is None else inner.layout(params)
             stepped = last & ~together([~x for x in had.values()]).to(last.device) if had else last
             after = select_leaves(moving, after, state["inner"], layout, stepped)
-        counts = {"count": count}
+        places = {"count": count}
         if not fixed:
-            counts["gathered"] = torch.where(last, 0, gathered)
-            counts["windows"] = state["windows"] + torch.where(last, 1, 0)
+            places["gathered"] = torch.where(last, 0, gathered)
+            places["windows"] = state["windows"] + torch.where(last & (gathered > 0), 1, 0)
         return {k: torch.where(moving[k], u, NOTHING) for k, u in new.items()}, {
-            **counts,
+            **places,
             "seen": {k: torch.where(ended[k], 0, x) for k, x in seen.items()},
             **{name: {k: torch.where(ended[k], 0, m) for k, m in part.items()} for name, part in means.items()},
             "inner": after,
