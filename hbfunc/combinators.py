@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hbfunc.contract import (
     NOTHING,
+    Flush,
     RefreshSchedule,
     Transform,
     apply_updates,
@@ -36,10 +38,20 @@ from hbfunc.leaves import (
     kept,
     zeros,
 )
-from hbfunc.nonfinite import select
+from hbfunc.nonfinite import select, together
 from hbfunc.ranges import check_int, check_number, truth
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transforms.adaptive import ema
+
+
+class _Making(threading.local):
+    """What `with_hyperparameters` is about in this thread."""
+
+    inside = False  # whether a factory of one is being called
+    nested = False  # whether that factory has made another one
+
+
+_making = _Making()
 
 
 @remembered
@@ -54,6 +66,12 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
 
         tx = with_hyperparameters(lambda lr: chain(scale_by_adam(), scale_by_learning_rate(lr)), lr=1e-3)
         state["hyper"]["lr"] = torch.tensor(1e-4)
+
+    A factory may make transforms that have numbers of their own, recipes above all. Those that it gives a tensor are
+    functions of its arguments: they are computed at every step, and are in no state. The others are in the state, in
+    the same "hyper" where nothing is between the two; ValueError if they have a name in common there.
+
+        tx = with_hyperparameters(lambda log_lr: adamw(lr=10**log_lr), log_lr=-3.0)
     """
     numbers = {
         k: v.clone() if isinstance(v, Tensor) else v
@@ -61,39 +79,81 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         if isinstance(v, (int, float, Tensor)) and not isinstance(v, bool)
     }
     choices = {k: v for k, v in values.items() if k not in numbers}
-    built = factory(**values)
+    stored = [k for k, v in numbers.items() if not (_making.inside and isinstance(v, Tensor))]
+
+    def make(hyper: Mapping[str, Any], **more: Any) -> tuple[Transform, bool]:
+        """The transform, and whether others like this one are in it."""
+        before, _making.inside, _making.nested = _making.inside, True, False
+        try:
+            made = factory(**more, **hyper)
+            return made, _making.nested
+        finally:
+            _making.inside = _making.nested = before
+
+    built, nested = make(values)
+    if nested:  # which of their numbers are functions of these, shows where these are tensors
+        built, _ = make({k: torch.as_tensor(v) for k, v in numbers.items()}, **choices)
 
     def tensor(value: float | Tensor, params: Leaves) -> Tensor:
         double = any(p.dtype == torch.float64 for p in params.values())
         device = next((p.device for p in params.values()), None)
         return _number(value, torch.float64 if double else torch.float32, device)
 
+    def split(state: State) -> tuple[dict[str, Tensor | None], dict[str, Any], State]:
+        """The numbers of a state, what else is beside them, and the inner transform's state."""
+        given = state.get("hyper") if stored else state.get("hyper", {})
+        if not isinstance(given, dict) or any(k not in given for k in stored):
+            mine = {k: v for k, v in given.items() if k in stored} if nested and isinstance(given, dict) else given
+            raise ValueError(_other_numbers(built.name, mine, stored, choices))
+        inner, _ = _apart(state)
+        others = {k: v for k, v in given.items() if k not in stored}
+        # None stands for the transform's own number, see `hbfunc.sweep`.
+        mine = {k: given[k] for k in stored}
+        return mine, others, {"hyper": others, **inner} if others else inner
+
     def init(params: Leaves) -> State:
         hyper = {k: tensor(v, params) for k, v in numbers.items()}
-        return {"hyper": hyper, **factory(**choices, **hyper).init(params)}
+        inner = make(hyper, **choices)[0].init(params)
+        inner, others = _apart(inner)
+        for k in stored:
+            if k in others:
+                raise ValueError(
+                    f"{k}: with_hyperparameters and the {built.name} that it makes both have a number of this name, "
+                    "expected different names"
+                )
+        return {"hyper": {k: hyper[k] for k in stored} | others, **inner}
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
-        given = state.get("hyper")
-        if not isinstance(given, dict) or given.keys() != numbers.keys():
-            raise ValueError(_other_numbers(built.name, given, numbers, choices))
-        # None stands for the transform's own number, see `hbfunc.sweep`.
-        values = {k: v if given[k] is None else given[k] for k, v in numbers.items()}
-        hyper = {k: v if v is given[k] and isinstance(v, Tensor) else tensor(v, params) for k, v in values.items()}
-        inner = {k: v for k, v in state.items() if k != "hyper"}
-        updates, inner = factory(**choices, **hyper).update(inner, updates, params, **extras)
-        return updates, {"hyper": hyper, **inner}
+        given, others, inner = split(state)
+        written = {k: v for k, v in given.items() if v is not None}
+        known = {k: v for k, v in written.items() if isinstance(v, Tensor)}
+        hyper = {k: known[k] if k in known else tensor(v, params) for k, v in (numbers | written).items()}
+        updates, inner = make(hyper, **choices)[0].update(inner, updates, params, **extras)
+        inner, after = _apart(inner)
+        if after.keys() != others.keys() or (others and after is others):  # nobody has taken them for theirs
+            raise ValueError(_other_numbers(built.name, state["hyper"], stored, choices))
+        return updates, {"hyper": {k: hyper[k] for k in stored} | after, **inner}
 
     def refreshes(state: State) -> RefreshSchedule | None:
-        inner = {k: v for k, v in state.items() if k != "hyper"}
-        schedule = factory(**choices, **state["hyper"]).refreshes
+        given, _, inner = split(state)
+        hyper = {k: v if given.get(k) is None else given[k] for k, v in numbers.items()}
+        schedule = make(hyper, **choices)[0].refreshes
         return None if schedule is None else schedule(inner)
 
     changes: dict[str, Any] = {} if built.refreshes is None else {"refreshes": refreshes}
-    if "lr" in numbers:  # which is there for everybody to scale
+    if "lr" in stored:  # which is there for everybody to scale
         changes["needs"] = tuple(need for need in built.needs if need != "rate")
     return wrap(built, init, update, inside="", **changes)
+
+
+def _apart(state: State) -> tuple[State, dict[str, Any]]:
+    """A state without the hyperparameters that it has at its root, and these."""
+    found = state.get("hyper")
+    if not isinstance(found, dict):
+        return state, {}
+    return {k: v for k, v in state.items() if k != "hyper"}, found
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
@@ -102,7 +162,7 @@ def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | No
     return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
 
 
-def _other_numbers(name: str, given: Any, numbers: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
+def _other_numbers(name: str, given: Any, numbers: Collection[str], choices: Mapping[str, Any]) -> str:
     expected = ", ".join(map(repr, numbers)) or "no names"
     if not isinstance(given, dict):
         return f"the state of {name} lacks a dict 'hyper': expected one with {expected}"
@@ -310,7 +370,8 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
     steps: a positive int; an integer 0-dim tensor, a hyperparameter for instance; or a function from the number of the
         window, a 0-dim tensor from 1, to its length. What is below 1 counts as 1.
     update(..., flush=True), a bool or a 0-dim bool tensor, ends a window early: `inner` gets the mean of the calls so
-        far, this one included, and the next call begins a window. The last calls of an epoch are not lost then.
+        far, this one included if it has any gradient, and the next call begins a window. The last calls of an epoch are
+        not lost then.
 
     Pure and of one shape, so that it compiles and maps: `inner` is computed at every call and selected at the last.
     Raises ValueError for an int below 1 and a tensor that is no integer scalar.
@@ -329,25 +390,26 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         means = {"mean": zeros(params), **({"grads": zeros(params)} if raw else {})}
         return {**counts, "seen": count_zeros(params), **means, "inner": inner.init(params)}
 
-    def window(state: State) -> tuple[Any, Tensor]:
-        """The length of the window, and how many calls it has, this one included."""
+    def window(state: State, counts: int | Tensor) -> tuple[Any, Tensor]:
+        """The length of the window, and how many calls it has, with this one if it counts."""
         if fixed:
-            return steps, state["count"] % steps + 1
+            return steps, state["count"] % steps + counts
         value = steps(state["windows"] + 1) if callable(steps) else steps
         length = torch.as_tensor(value, device=state["count"].device).to(torch.int64).clamp(min=1)
-        return length, state["gathered"] + 1
+        return length, state["gathered"] + counts
 
     def update(
         state: State,
         updates: dict[str, Tensor],
         params: Leaves,
         *,
-        flush: bool | Tensor | None = None,
+        flush: Flush | bool | Tensor | None = None,
         present: Flat | None = None,
         **extras: Any,
     ) -> tuple[dict[str, Tensor], State]:
-        length, gathered = window(state)
-        count, last = state["count"] + 1, gathered >= length
+        ends, counts = flush if isinstance(flush, Flush) else Flush(flush)
+        length, gathered = window(state, counts)
+        count, last = state["count"] + counts, gathered >= length
         mean = {**state["mean"], **{k: state["mean"][k] + u / length for k, u in updates.items()}}
         grads = updates if extras.get("grads") is None else extras["grads"]
         means = {"mean": mean}
@@ -356,12 +418,13 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         news = {k: 1 if present is None else present[k].to(torch.int64) for k in updates}
         seen = {**state["seen"], **{k: state["seen"][k] + n for k, n in news.items()}}
         given = means
-        if flush is not None and flush is not False:
-            last = last | torch.as_tensor(flush, device=last.device)
-            factor = torch.where(last, length / gathered, 1.0)
+        if ends is not None and ends is not False:
+            last = last | torch.as_tensor(ends, device=last.device)
+            factor = torch.where(last, length / gathered.clamp(min=1), 1.0)
             given = {name: {k: m * factor.to(m) for k, m in part.items()} for name, part in means.items()}
-            if fixed:
-                count = torch.where(last, count + (length - gathered), count)  # on to the next window
+            if fixed:  # on to the next window
+                count = torch.where(last & (gathered > 0), count + (length - gathered), count)
+            flush = Flush(ends, (gathered > 0).to(torch.int64))
         extras.pop("grads", None)
         if raw:
             extras["grads"] = given["grads"]
@@ -376,14 +439,14 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
             new, after = inner.update(state["inner"], given["mean"], params, **extras)
             moving = {k: ended[k] & x for k, x in had.items()}
             layout = {} if inner.layout is None else inner.layout(params)
-            stepped = last & torch.stack([x.to(last.device) for x in had.values()]).any() if had else last
+            stepped = last & ~together([~x for x in had.values()]).to(last.device) if had else last
             after = select_leaves(moving, after, state["inner"], layout, stepped)
-        counts = {"count": count}
+        places = {"count": count}
         if not fixed:
-            counts["gathered"] = torch.where(last, 0, gathered)
-            counts["windows"] = state["windows"] + torch.where(last, 1, 0)
+            places["gathered"] = torch.where(last, 0, gathered)
+            places["windows"] = state["windows"] + torch.where(last & (gathered > 0), 1, 0)
         return {k: torch.where(moving[k], u, NOTHING) for k, u in new.items()}, {
-            **counts,
+            **places,
             "seen": {k: torch.where(ended[k], 0, x) for k, x in seen.items()},
             **{name: {k: torch.where(ended[k], 0, m) for k, m in part.items()} for name, part in means.items()},
             "inner": after,

@@ -51,6 +51,13 @@ class Made:
         self.function, self.args, self.kwargs, self.first = function, args, kwargs, first
 
 
+class Flush(NamedTuple):
+    """The extra "flush", of a call that may be none of the window that it ends."""
+
+    ends: bool | Tensor | None  # whether gradients that are being gathered are applied now
+    counts: int | Tensor = 1  # 0 where nothing has a gradient now
+
+
 class Transform(NamedTuple):
     """A gradient transformation.
 
@@ -61,7 +68,7 @@ class Transform(NamedTuple):
     needs: extras it asks the chain for: "grads" (the raw gradients), "refresh" (None, True, False or "first": whether
         expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product),
         "steps" (paths of the leaves whose updates are steps already, see below), "last" (False where something behind
-        may change its updates), "flush" (whether gradients that are being gathered are applied now, see
+        may change its updates), "flush" (whether gradients that are being gathered are applied now, or a `Flush`; see
         `accumulate`), "present" (by path, 0-dim bools: which updates are real, and not zeros in the place of none; or
         None, all are), "rate" (a factor of the learning rates inside that are no hyperparameters of the state, or
         None).
@@ -200,6 +207,9 @@ def transform(
             extras["grads"] = flat_like(flat, extras["grads"], "grads", pairs)
         elif "grads" in needs:
             extras["grads"] = given  # outermost, what it is given are the raw gradients
+        ends = extras.get("flush")
+        if isinstance(ends, (bool, Tensor)) and not given:  # it ends a window, and is none of its calls
+            extras["flush"] = Flush(ends, 1 - ends.to(torch.int64) if isinstance(ends, Tensor) else int(not ends))
         if extras.get("curvature") is not None:
             product = as_around(extras["curvature"], kinds)
             extras["curvature"] = lambda v: flat_like(flat, product(back(v)), "curvature(v)", pairs)
@@ -317,7 +327,7 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         curvature: Callable[[Tree], Tree] | None = None,
         steps: Collection[str] = (),
         last: bool = True,
-        flush: bool | Tensor | None = None,
+        flush: Flush | bool | Tensor | None = None,
         present: Flat | None = None,
         rate: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:

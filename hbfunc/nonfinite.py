@@ -52,7 +52,7 @@ def apply_if_finite(inner: Transform, also: bool | Tensor = True, limit: int | T
     ) -> tuple[dict[str, Tensor], State]:
         if not updates and isinstance(also, bool) and not inner.every_call:
             return updates, state
-        ok = _together(list(_finite(updates).values())) & also if updates else torch.as_tensor(also)
+        ok = together(list(_finite(updates).values())) & also if updates else torch.as_tensor(also)
         counts = {}
         if limit is not None:
             finite = ok.to(state[IN_A_ROW].device)
@@ -117,7 +117,7 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
     return new if old is None else torch.where(condition.to(new.device), new, old)
 
 
-def _together(flags: list[Tensor]) -> Tensor:
+def together(flags: list[Tensor]) -> Tensor:
     """Whether all flags hold, on the device of the first. Tensors on the meta device, beside others, say nothing."""
     known = [flag for flag in flags if not flag.is_meta] or flags
     return torch.stack([flag.to(known[0].device) for flag in known]).all()

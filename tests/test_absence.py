@@ -210,6 +210,67 @@ def test_the_class_flushes() -> None:
     assert not torch.equal(own["left"], before)
 
 
+FLUSHED: dict[str, Callable[[Any], Any]] = {
+    "alone": lambda tx: tx,
+    "in a chain": lambda tx: hbfunc.chain(tx),
+    "in a partition": lambda tx: hbfunc.partition({"x": tx, "none": sgd()}, lambda path, p: "x"),
+    "in another": lambda tx: hbfunc.accumulate(tx, 1),
+    "around another": lambda tx: hbfunc.accumulate(hbfunc.accumulate(sgd(), 1), 3),
+    "guarded": hbfunc.apply_if_finite,
+}
+
+
+@pytest.mark.parametrize("wrap", FLUSHED.values(), ids=FLUSHED)
+@pytest.mark.parametrize("steps", [3, torch.tensor(3), lambda t: 3 + 0 * t], ids=["int", "tensor", "schedule"])
+def test_a_flush_without_gradients_is_no_micro_batch(wrap: Any, steps: Any) -> None:
+    """The gradients of a window are flushed when a step has cleared them, or given None: as flushing with the last of
+    them. Without anything gathered it changes nothing, and the windows behind it are whole."""
+    tx = wrap(hbfunc.accumulate(sgd(), steps))
+    grads = in_turns(5)
+    nothing = dict.fromkeys(HEADS)
+
+    def trained(flushed: Any, behind: int) -> dict[str, Tensor]:
+        params, state = dict(HEADS), tx.init(HEADS)
+        for t, g in enumerate(grads[:2] + [nothing] * behind + grads[2:]):
+            flush = flushed if 2 - (behind == 0) <= t < 2 + behind else None
+            updates, state = tx.update(state, g, params, flush=flush)
+            params = hbfunc.apply_updates(params, updates)
+        return params
+
+    want = trained(True, 0)
+    for flushed in (True, torch.tensor(True)):
+        assert_close(trained(flushed, 1), want)
+        assert_close(trained(flushed, 2), want)
+    own = {k: torch.nn.Parameter(p.clone()) for k, p in HEADS.items()}
+    optimizer = hbfunc.FromTransform(list(own.items()), tx)
+    optimizer.flush()
+    for t, g in enumerate(grads):
+        for k, p in own.items():
+            p.grad = g[k]
+        optimizer.step()
+        if t == 1:
+            optimizer.flush()
+            optimizer.flush()
+    assert_close({k: p.detach() for k, p in own.items()}, want)
+
+
+def test_a_part_without_gradients_is_flushed_with_the_others() -> None:
+    """The call counts for all parts if it has any gradient."""
+    tx = hbfunc.partition({k: hbfunc.accumulate(sgd(), 3) for k in HEADS}, lambda path, p: path)
+    grads = [{k: torch.ones_like(p) for k, p in HEADS.items()}]
+    first = next(iter(HEADS))
+    grads.append({k: g if k == first else None for k, g in grads[0].items()})
+    want, _ = functional(hbfunc.accumulate(sgd(), 3), HEADS, grads, flush=True)
+    assert_close(functional(tx, HEADS, grads, flush=True)[0], want)
+    own = {k: torch.nn.Parameter(p.clone()) for k, p in HEADS.items()}
+    optimizer = hbfunc.FromTransform(list(own.items()), tx)
+    for t, g in enumerate(grads):
+        for k, p in own.items():
+            p.grad = g[k]
+        optimizer.flush() if t else optimizer.step()
+    assert_close({k: p.detach() for k, p in own.items()}, want)
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [

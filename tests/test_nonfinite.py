@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import tables
 import torch
 
 import hbfunc
+from hbfunc import utils
 
 RECIPES = {
     **tables.RECIPES,
@@ -92,3 +95,42 @@ def test_both_decide_in_the_graph():
                 leaves(compiled(state, grads, params)[0]), leaves(tx.update(state, grads, params)[0]), strict=True
             ):
                 assert torch.equal(x, y), k
+
+
+@pytest.mark.parametrize("policy", ["skip", "skip_leaf"])
+@pytest.mark.parametrize(
+    ("name", "foreach"), [("ForeachAdamW", True), ("ForeachAdamW", False), ("FromTransform", True), ("MatricesTo", True)]
+)
+def test_a_class_that_skips_for_ever_says_so(name, policy, foreach, monkeypatch):
+    """Not where some steps go on; and with a checkpoint it goes on counting."""
+    monkeypatch.setattr(utils, "compile_mode", None)
+    params = {k: torch.nn.Parameter(p) for k, p in trees(0).items() if k in ("a", "bias")}
+
+    def made():
+        options = {"nonfinite": policy, "foreach": foreach}
+        if name == "FromTransform":  # with a counter of its own
+            return hbfunc.FromTransform(params.items(), hbfunc.apply_if_finite(hbfunc.adamw()), **options)
+        if name == "MatricesTo":
+            return hbfunc.MatricesTo(params.items(), hbfunc.muon(), **options)
+        return tables.CLASSES[name](params.items(), **options)
+
+    def messages(optimizer, steps, every):
+        """The warnings of steps, of which one in `every` has a NaN in one gradient."""
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for t in range(steps):
+                for k, p in params.items():
+                    p.grad = torch.full_like(p, torch.nan if t % every == 0 and k == "bias" else 1.0)
+                optimizer.step()
+        return [str(w.message) for w in found if "skipped" in str(w.message)]
+
+    optimizer = made()
+    assert not messages(optimizer, 350, 2)
+    assert messages(optimizer, 350, 1)
+    again = made()
+    again.load_state_dict(optimizer.state_dict())
+    found = messages(again, 350, 1)
+    both = " and of 1 more" if policy == "skip" else ""
+    who = "a" if both else "bias"
+    assert found
+    assert found[0].startswith(f"at least 100 steps in a row of params['{who}']{both} were skipped, ")

@@ -6,7 +6,8 @@ it the counter of skips. So a checkpoint may be loaded, and a run go on, under a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.contract import Transform
+from hbfunc.exchange import local
 from hbfunc.leaves import Layout, State
 from hbfunc.nonfinite import POLICIES, SKIPPED, apply_if_finite, apply_to_finite_leaves
 from hbfunc.optim.state import Place, per_parameter
 from hbfunc.ranges import check_choice
 
 AGREED: Place = ("hyper", "finite")  # where a unit that skips steps is told that the others' gradients are finite
+WATCH = 100  # steps between two looks at the counters, and how many that are skipped in a row are worth a warning
 COUNTERS = (SKIPPED, f"nonfinite.{SKIPPED}")  # names in `state[p]`; the second where the rule itself has the first
 
 
@@ -60,3 +63,51 @@ def later(x: Tensor) -> Callable[[], list[Any]]:
         return held.tolist()
 
     return read
+
+
+Named = list[tuple[str, Tensor]]
+
+
+class Watch:
+    """Warns of parameters whose last `WATCH` steps, or more, were all skipped: the run stands still, in silence.
+
+    The counters are read a hundred steps after they were asked for, so that nothing waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._asked: list[tuple[list[Tensor], Callable[[], list[int]]]] = []
+        self._before: dict[Tensor, int] = {}
+
+    def look(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any], named: Callable[[], Named]) -> None:
+        """To be called before every step, with the named parameters of all groups."""
+        self._steps += 1
+        if self._steps % WATCH:
+            return
+        now = {p: count for params, read in self._asked for p, count in zip(params, read(), strict=True)}
+        stuck = [p for p, count in now.items() if count - self._before.get(p, count) >= WATCH]
+        self._before = now
+        self._asked = [(params, later(torch.stack(counts))) for params, counts in _counters(groups, state)]
+        names = {p: name for name, p in named()} if stuck else {}
+        stuck = [p for p in stuck if p in names]
+        if stuck:
+            more = f" and of {len(stuck) - 1} more" if len(stuck) > 1 else ""
+            warnings.warn(
+                f"at least {WATCH} steps in a row of params[{names[stuck[0]]!r}]{more} were skipped, {now[stuck[0]]} "
+                "in all: every time a gradient has an inf or a NaN (nonfinite='raise' would say where)",
+                stacklevel=2,
+            )
+
+
+def _counters(groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Parameters that are guarded and their counters, by device. Meta tensors count nothing."""
+    found: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for group in groups:
+        for p in group["params"] if group["nonfinite"] in ("skip", "skip_leaf") else ():
+            entries = state.get(p) or {}
+            count = entries.get(COUNTERS[COUNTERS[1] in entries])
+            if isinstance(count, Tensor) and not count.is_meta:
+                params, counts = found.setdefault(count.device, ([], []))
+                params.append(p)
+                counts.append(local(count))
+    return list(found.values())

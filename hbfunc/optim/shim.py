@@ -54,7 +54,8 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         "propagate": as in torch.optim, they spoil their parameter and its state.
         "skip": the step of all groups that say "skip", if any of their gradients is not finite (or a Hessian-vector
             product, with curvature). Parameters and state stay as they are, and `state[p]["skipped"]` counts.
-        "skip_leaf": the step of that parameter alone. Both are decided on the device, without waiting for it.
+        "skip_leaf": the step of that parameter alone. Both are decided on the device, without waiting for it, and a
+            UserWarning says so where the steps of a parameter have been skipped a hundred times in a row.
         "raise": FloatingPointError naming the first such gradient, before anything is written. Waits for the device.
     consume_grad: an option of every group: whether a step clears the gradients that it has used, which frees their
         memory. False keeps them, as torch.optim does, for what looks at them after the step: wrappers such as
@@ -154,6 +155,8 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         if in_a_job():
             sharded.agree_on_gradients(self._named())
         policies = {group["nonfinite"] for group in self.param_groups}
+        if policies & {"skip", "skip_leaf"}:
+            self._watch.look(self.param_groups, self.state, self._named)
         if "raise" in policies:
             self._raise_nonfinite({p: p.grad for group in self.param_groups for p in group["params"]}, "the gradient")
         for i in [i for i in self._units if i >= len(self.param_groups)]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from hbfunc import utils
-from hbfunc.contract import RefreshSchedule, Transform
+from hbfunc.contract import Flush, RefreshSchedule, Transform
 from hbfunc.leaves import Leaves, compute_dtype
 from hbfunc.optim import guard
 from hbfunc.optim.compiled import Ready, Step, Writes, compiled, in_place_step, shared, usable, without_compiler, write
@@ -52,7 +52,7 @@ class Unit(UnitState):
         # Whether a mask can stand for absent gradients. A skip of all is decided by all, but zeros have no say in it.
         self.maskable = transform.leafwise and not transform.every_call
         super().__init__(transform, leaves, double, joined, nonfinite)
-        self.flushing = False  # whether this step applies what the transform has gathered
+        self.flushing: bool | Flush = False  # whether this step applies what the transform has gathered
         self.rule: Hashable | None = None  # equal for units of equal transforms, if that is known
         self.steps: dict[Any, Ready] = {}
         self.varied = False  # sets of parameters with gradients are known to change

@@ -17,7 +17,7 @@ from hbfunc.leaves import Leaves, check_dtype
 from hbfunc.optim import sharded
 from hbfunc.optim.compiled import Ready
 from hbfunc.optim.groups import ParamGroups
-from hbfunc.optim.guard import COUNTERS
+from hbfunc.optim.guard import COUNTERS, Watch
 from hbfunc.optim.joined import joins
 from hbfunc.optim.state import EMA, is_auxiliary
 from hbfunc.optim.unit import Unit
@@ -37,6 +37,7 @@ class UnitsOfGroups(ParamGroups):
         self._graphs: deque[Ready] = deque(maxlen=_KEPT)  # of units that are no more
         self._new: dict[Tensor, dict[str, Any] | None] = {}  # whose state this step has made, and what there was
         self._forms: dict[int, Forms] = {}  # of the parameters of a group, at its last step
+        self._watch = Watch()
         self._names_of: dict[Tensor, set[str]] = {}  # of the entries of a parameter that are its rule's
         self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.combinators import with_hyperparameters
-from hbfunc.contract import Transform, remembered, wrap
+from hbfunc.contract import Flush, Transform, remembered, wrap
 from hbfunc.exchange import local
 from hbfunc.forms import short
 from hbfunc.leaves import Leaves, State
@@ -47,7 +47,7 @@ class FromTransform(Averaging, WithCurvature):
     Raises TypeError for a transform that is none.
     """
 
-    _flushing = False
+    _flushing: bool | Flush = False
 
     def __init__(
         self,
@@ -100,9 +100,10 @@ class FromTransform(Averaging, WithCurvature):
         check_number(name, value, -math.inf, math.inf, open_low=True, open_high=True)
 
     def flush(self) -> None:
-        """Apply the gradients that `accumulate` has gathered so far, and those that parameters have now: a step that
-        ends the window. Without a transform that gathers, a step like any other."""
-        self._flushing = True
+        """Apply the gradients that `accumulate` has gathered so far, and those that parameters have now, if any has
+        one: a step that ends the window. Without a transform that gathers, a step like any other."""
+        given = any(p.grad is not None for group in self.param_groups for p in group["params"])
+        self._flushing = Flush(True, int(given))
         try:
             self.step()
         finally:
