@@ -99,7 +99,8 @@ def test_both_decide_in_the_graph():
 
 @pytest.mark.parametrize("policy", ["skip", "skip_leaf"])
 @pytest.mark.parametrize(
-    ("name", "foreach"), [("ForeachAdamW", True), ("ForeachAdamW", False), ("FromTransform", True), ("MatricesTo", True)]
+    ("name", "foreach"),
+    [("ForeachAdamW", True), ("ForeachAdamW", False), ("FromTransform", True), ("MatricesTo", True)],
 )
 def test_a_class_that_skips_for_ever_says_so(name, policy, foreach, monkeypatch):
     """Not where some steps go on; and with a checkpoint it goes on counting."""
