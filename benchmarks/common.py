@@ -19,7 +19,9 @@ from torch import Tensor
 from hbfunc.optimizers.base import OPTIMIZERS
 
 # The documented classes by their short names.
-CLASSES = {cls.__name__.replace("Foreach", ""): cls for cls in OPTIMIZERS.values()}
+# What other programs define is registered too.
+BY_TITLE = {title: cls for title, cls in OPTIMIZERS.items() if cls.__module__.startswith("hbfunc.")}
+CLASSES = {cls.__name__.replace("Foreach", ""): cls for cls in BY_TITLE.values()}
 RESULTS = Path(__file__).parent / "results"
 Shape = tuple[int, ...]
 

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import device, facts, markdown, parser, pyplot, results, save
+from common import BY_TITLE, device, facts, markdown, parser, pyplot, results, save
 from torch import Tensor
 
 import hbfunc
 from hbfunc import sweep
 from hbfunc.chainable import ScheduleFree
 from hbfunc.leaves import Leaves
-from hbfunc.optimizers.base import OPTIMIZERS, RecipeOptimizer
+from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import RECIPES
 from hbfunc.race import recipes as race
 from hbfunc.race.__main__ import spaced
@@ -160,7 +160,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 def entries() -> dict[str, race.Entry]:
     """By name; for the classic problems. The tasks take the race's own."""
     chosen = {*RECIPES, "pure_psgd", "delayed_psgd"}  # other flags change little here
-    found = {title: _plain(cls) for title, cls in OPTIMIZERS.items() if title in chosen}
+    found = {title: _plain(cls) for title, cls in BY_TITLE.items() if title in chosen}
     return {**found, NEWTON: _plain(hbfunc.PSGDKron, curvature=True, min_ndim_triangular=1)}
 
 

@@ -13,9 +13,9 @@ import oracles
 import pytest
 import torch
 from conformance import TABLE, Row
+from tables import RECIPES
 
 import hbfunc
-import hbfunc.pipeline
 from hbfunc.contract import Transform, transform
 from hbfunc.leaves import State, kept
 from hbfunc.testing import PROPERTIES, case, check
@@ -52,7 +52,7 @@ IDLE = {
 }
 
 
-@pytest.mark.parametrize("recipe", sorted(hbfunc.pipeline.RECIPES))
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_option_of_every_recipe_is_in_a_row(recipe: str) -> None:
     rows = [row for row in TABLE if row.factory is getattr(hbfunc, recipe)]
     options = set(inspect.signature(getattr(hbfunc, recipe)).parameters)
