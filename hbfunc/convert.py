@@ -124,7 +124,7 @@ _DIFFERENT = ("ecc", "param_ecc", "cautious_weight_decay", "precond_grad_accum")
 
 
 def _options(index: int, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a param group that both libraries have."""
+    """The options of a param group that both libraries have."""
     for name in _DIFFERENT:
         if group.get(name):
             raise ValueError(f"param_groups[{index}] has {name}={short(group[name])}, which has no counterpart")

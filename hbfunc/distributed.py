@@ -144,7 +144,7 @@ class _Plan:
         return Leaves({k: _placeholder(self.leaves[k])})
 
     def collected(self, sent: Mapping[str, Flat], state: State) -> tuple[dict[str, dict[str, Tensor]], State]:
-        """Of the owned leaves, whole: what was sent, by name and path; and their state."""
+        """What was sent of the owned leaves, by name and path, and their state, all whole."""
         shards: dict[str, Tensor] = {}
         specs: dict[str, Spec] = {}
         for what, tensors in sent.items():

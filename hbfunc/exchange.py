@@ -320,7 +320,7 @@ def owners(costs: Mapping[str, float], kinds: Mapping[str, Any], world: int, fir
 
 
 def cost(shape: Sequence[int]) -> float:
-    """Of a matrix rule on a leaf, up to a factor: elements times the dims of the matrix; elements of a vector."""
+    """Relative cost of a matrix rule on one leaf: elements times the sum of the matrix's dims; elements of a vector."""
     if len(shape) < 2:
         return float(math.prod(shape))
     rows, columns = shape[0], math.prod(shape[1:])
@@ -328,8 +328,8 @@ def cost(shape: Sequence[int]) -> float:
 
 
 class Costs(NamedTuple):
-    """Of one step of a matrix rule on tensors sharded by rows: for each rank, how many tensors it owns, its share of
-    the work, and how many elements it sends to others."""
+    """Costs of one step of a matrix rule on tensors sharded by rows: for each rank, how many tensors it owns, its share
+    of the work, and how many elements it sends to others."""
 
     owned: list[int]
     work: list[float]

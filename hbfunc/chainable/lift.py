@@ -106,7 +106,7 @@ class Run:
         self.skipped: Flat = {}
 
     def numbers(self) -> dict[str, Any]:
-        """Those of the group as functions see them: the values of this step, as tensors; and the step."""
+        """The numbers of the group as functions see them: the values of this step, as tensors; and the step."""
         device = next(iter(self.params.values())).device
         double = any(p.dtype == torch.float64 for p in self.params.values())
         step = torch.as_tensor(self.step, device=device)
@@ -134,7 +134,7 @@ class Run:
             outcomes.append((world, found))
 
         def merged(what: str, otherwise: Callable[[str], Tensor]) -> Flat:
-            """Of all parameters for which any world has something."""
+            """The results called `what`, of all parameters for which any world has something."""
             found: Flat = {}
             for k in dict.fromkeys(k for _, result in outcomes for k in result[what]):
                 values = [result[what].get(k, otherwise(k)) for world, result in outcomes if k in world.entries]

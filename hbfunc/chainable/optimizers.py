@@ -101,7 +101,7 @@ class ChainOpt(StatefulOptimizer):
         super().__init__(params, {**_DEFAULTS, **options, "rule": f"chain({names})"}, foreach, seed=seed)
 
     def functions(self, group: dict[str, Any]) -> tuple[Function, ...]:
-        """Those of a param group."""
+        """The functions of a param group, in order."""
         return (palm_beta2, *self.fns) if group.get("palm") else self.fns
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:

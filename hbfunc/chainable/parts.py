@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of a face: what it was given beside the group."""
+        """The arguments of a face that were given beside the group."""
         return self.function.keywords if isinstance(self.function, partial) else {}
 
     @property

@@ -16,7 +16,7 @@ from hbfunc.forms import short
 from hbfunc.leaves import compute_dtype
 from hbfunc.optim.guard import COUNTERS
 from hbfunc.optim.options import option
-from hbfunc.optim.state import EMA
+from hbfunc.optim.state import EMA, number_as_tensor
 
 _FUNCTION = "function "  # what state dicts have in place of one: this and its name
 _COUNTS = ("count", "ema_count", *COUNTERS)
@@ -139,8 +139,7 @@ def _check_values(state_dict: Mapping[str, Any]) -> None:
     for p, entries in state_dict["state"].items():
         for k, x in entries.items():
             where = f"['state'][{p!r}][{k!r}]"
-            if isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63):  # which a 0-dim entry may be
-                x = torch.tensor(x)
+            x = number_as_tensor(x)
             if not isinstance(x, Tensor) or x.is_meta or x.layout != torch.strided:
                 continue
             if x.is_floating_point():

@@ -188,6 +188,12 @@ def _matches(a: str, b: str) -> bool:
     return a.endswith(f".{b}") or b.endswith(f".{a}")
 
 
+def number_as_tensor(value: Any) -> Any:
+    """`value`, as a tensor if it is a number that a tensor can be: a 0-dim entry may be written as one."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return torch.as_tensor(value) if whole or isinstance(value, float) else value
+
+
 def is_auxiliary(name: Any) -> bool:
     """Whether an entry of this name is of what rounds the results of a rule."""
     return isinstance(name, str) and name.partition(".")[0] in AUXILIARY and "." in name

@@ -8,7 +8,6 @@ from operator import itemgetter
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
@@ -26,6 +25,7 @@ from hbfunc.optim.state import (
     hyper_names,
     hyper_places,
     mapped,
+    number_as_tensor,
     own_storage,
     places,
     rows_of,
@@ -175,7 +175,10 @@ class UnitState:
         names = {k: fitting(entries, expected[k]) for k, entries in held.items()}
         values: dict[str, dict[str, Any]] = {}
         for k, found in names.items():
-            values[k] = {n: _plain(held[k][there], expected[k][n]) for n, there in found.items()}
+            values[k] = {
+                n: held[k][there] if expected[k][n].ndim else number_as_tensor(held[k][there])
+                for n, there in found.items()
+            }
             if loaded:
                 check_whole(k, found, expected[k], [n for n in guard.COUNTERS if n in expected[k]][-1:])
             else:
@@ -239,9 +242,3 @@ def _check_private(path: str, entries: Mapping[str, Any]) -> None:
                 f"state of parameter {path!r}: {name!r} is in memory that processes share, expected its own: "
                 "a step would go on with a copy, as optimizer.load_state_dict(optimizer.state_dict()) makes one"
             )
-
-
-def _plain(value: Any, view: Tensor) -> Any:
-    """A value of a state, as a tensor where it is a number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not view.ndim
-    return torch.as_tensor(value) if number else value

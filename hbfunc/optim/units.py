@@ -48,6 +48,7 @@ class UnitsOfGroups(ParamGroups):
         forms, complete: as `_check_gradients` found them.
         """
         before, units = self._units.get(index, (None, []))
+        kept = units
         if all(p.grad is None for p in group["params"]):
             tx = units[0].transform if units else self.transform(group)
             if not tx.every_call:
@@ -69,7 +70,8 @@ class UnitsOfGroups(ParamGroups):
         for unit in () if complete else [unit for unit in units if not unit.whole()]:
             self._apart.add(index)  # and for good
             units = self._replaced(index, group, units, unit)
-        self._units[index], self._forms[index] = (self._key(group), units), forms
+        # New units have made states, and who has one is part of the key.
+        self._units[index], self._forms[index] = (key if units is kept else self._key(group), units), forms
         return [unit for unit in units if unit.transform.every_call or unit.moves()]
 
     def _key(self, group: dict[str, Any]) -> tuple[Any, ...]:
