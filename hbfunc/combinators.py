@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -39,6 +40,7 @@ from hbfunc.leaves import (
     zeros,
 )
 from hbfunc.nonfinite import select, together
+from hbfunc.parametric import ParametricSchedule, spread
 from hbfunc.ranges import check_int, check_number, truth
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transforms.adaptive import ema
@@ -72,7 +74,13 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
     the same "hyper" where nothing is between the two; ValueError if they have a name in common there.
 
         tx = with_hyperparameters(lambda log_lr: adamw(lr=10**log_lr), log_lr=-3.0)
+
+    A schedule with named numbers (`hbfunc.schedules.cosine`, ...) has them in the state: lr=cosine(1e-3, 100) as
+    "lr.peak", "lr.steps" and "lr.final".
     """
+    if schedules := {k: v for k, v in values.items() if isinstance(v, ParametricSchedule)}:
+        factory = functools.partial(_scheduled, factory, schedules)
+        values = spread(values)
     numbers = {
         k: v.clone() if isinstance(v, Tensor) else v
         for k, v in values.items()
@@ -146,6 +154,15 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
     if "lr" in stored:  # which is there for everybody to scale
         changes["needs"] = tuple(need for need in built.needs if need != "rate")
     return wrap(built, init, update, inside="", **changes)
+
+
+def _scheduled(
+    factory: Callable[..., Transform], schedules: Mapping[str, ParametricSchedule], **values: Any
+) -> Transform:
+    """The transform of a factory whose arguments of these names are schedules, from these schedules' numbers."""
+    for name, schedule in schedules.items():
+        values[name] = schedule.with_numbers({k: values.pop(f"{name}.{k}") for k in schedule.numbers})
+    return factory(**values)
 
 
 def _apart(state: State) -> tuple[State, dict[str, Any]]:

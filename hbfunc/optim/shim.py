@@ -36,6 +36,7 @@ from hbfunc.optim.groups import consumes
 from hbfunc.optim.interrupts import uninterrupted
 from hbfunc.optim.options import option, settle
 from hbfunc.optim.saved import Saved
+from hbfunc.optim.scheduled import advance_schedules, check_schedules, has_schedules
 from hbfunc.optim.unit import Unit
 from hbfunc.optim.units import turns
 
@@ -149,8 +150,9 @@ class StatefulOptimizer(Gradients, Averages, Saved):
             self._agree_on_seed()
         for p in self._pairs:
             self._leaf(p)
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             settle(group)
+            check_schedules(group, i)
         forms = [self._check_gradients(i, group) for i, group in enumerate(self.param_groups)]
         if in_a_job():
             sharded.agree_on_gradients(self._named())
@@ -172,6 +174,7 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         steps = list(zip([unit for _, unit in work], decisions, products, strict=True))
         if len(steps) > 1:  # parameters one by one (foreach=False) are so to save memory
             self._rehearse([plan for plan, (group, _) in zip(steps, work, strict=True) if group["foreach"]])
+        scheduled = {id(group): group for group, _ in work if has_schedules(group)}.values()
         with uninterrupted():
             for (group, _), (unit, decision, product) in zip(work, steps, strict=True):
                 self.advance(unit, decision, product)
@@ -186,6 +189,8 @@ class StatefulOptimizer(Gradients, Averages, Saved):
             for group in filter(consumes, self.param_groups):
                 for p in group["params"]:
                     p.grad = None
+            for group in scheduled:
+                advance_schedules(group)
 
     def _agree_on_seed(self) -> None:
         """At the first step: where a job has begun since the optimizer was made, the seed that its ranks have in

@@ -16,8 +16,10 @@ from hbfunc import utils
 from hbfunc.chainable.optimizers import BaseOpt
 from hbfunc.contract import Transform
 from hbfunc.optim.groups import use_default
+from hbfunc.optim.scheduled import with_schedules
 from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.optim.unit import Unit
+from hbfunc.parametric import ParametricSchedule
 from hbfunc.pipeline import same_source
 from hbfunc.ranges import plain
 
@@ -100,7 +102,7 @@ class RecipeOptimizer(BaseOpt):
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What is passed to the recipe: its options in a param group, and the settings of `hbfunc.utils`."""
         settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
-        return {k: v for k, v in {**settings, **group}.items() if k in self.options_of_recipe}
+        return {k: v for k, v in {**settings, **with_schedules(group)}.items() if k in self.options_of_recipe}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base class. Raises TypeError too for an option that other classes have and this one has not, unless it
@@ -113,7 +115,8 @@ class RecipeOptimizer(BaseOpt):
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """As the base class; None for a number that the recipe does not take from outside."""
-        known = name in self.options_of_recipe or name.rstrip("123") + "s" in self.options_of_recipe
+        option = name.partition(".")[0]  # of a schedule, whose number this is
+        known = option in self.options_of_recipe or option.rstrip("123") + "s" in self.options_of_recipe
         return super().hyperparameter(group, name) if known else None
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -128,7 +131,11 @@ class RecipeOptimizer(BaseOpt):
         """The recipe with its options, less those that are numbers of the state."""
         options = self.options(group)
         options |= {f"beta{i}": beta for i, beta in enumerate(options.pop("betas", ()), 1)}
-        fixed = {k: v for k, v in options.items() if k not in unit.names.values()}
+        fixed = {
+            k: v.form if isinstance(v, ParametricSchedule) else v
+            for k, v in options.items()
+            if k not in unit.names.values()
+        }
         found = type(self).recipe, group["nonfinite"], tuple([(k, type(v), v) for k, v in sorted(fixed.items())])
         return None if any(isinstance(v, Tensor) for v in fixed.values()) or not _hashable(found) else found
 
@@ -168,6 +175,8 @@ def _hashable(x: Any) -> bool:
 def _choice(value: Any, default: Any) -> Any:
     """An option as it shapes a graph: to it, all floats, tensors, and ints in the place of floats are the same."""
     value = plain(value)
+    if isinstance(value, ParametricSchedule):
+        return value.form
     if isinstance(value, (float, Tensor)) or (isinstance(default, float) and type(value) is int):
         return "number"
     return value
