@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from hbfunc.sweep.engine import Lane, Metrics, Refresh, Step, hyper, with_hyper
+from hbfunc.sweep.lane import Lane, Metrics, Refresh, Step, hyper, with_hyper
 
 _functorch = torch._C._functorch
 

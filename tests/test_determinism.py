@@ -95,5 +95,5 @@ def test_the_tests_that_the_page_names_exist() -> None:
     for file, name, case in named:
         source = (PAGE.parents[2] / file).read_text(encoding="utf-8")
         assert f"def {name}(" in source, (file, name)
-        library = (PAGE.parents[2] / "hbfunc/testing.py").read_text(encoding="utf-8")
+        library = (PAGE.parents[2] / "hbfunc/testing/properties.py").read_text(encoding="utf-8")
         assert not case or f"def {case}(" in library, case

@@ -96,7 +96,7 @@ class ChainOpt(StatefulOptimizer):
     ) -> None:
         self.fns = fns
         names = ", ".join(part.name for part in parts_of(fns))
-        # A subclass that passes its locals() on has an entry that is no option.
+        # A subclass that passes all of its local variables on has an entry that is no option.
         options = {k: v for k, v in defaults.items() if k != "__class__"}
         if consume_grad is not None:
             options["consume_grad"] = consume_grad

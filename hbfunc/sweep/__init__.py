@@ -16,22 +16,11 @@ results     what comes out
 """
 
 from hbfunc.sweep.designs import Design, design, grid, log_uniform, product, sample, uniform, zipped
-from hbfunc.sweep.engine import (
-    Event,
-    Lane,
-    Lanes,
-    freeze,
-    hyper,
-    init,
-    make_step,
-    run,
-    stream,
-    take,
-    vectorize,
-    with_hyper,
-)
+from hbfunc.sweep.engine import init, vectorize
+from hbfunc.sweep.lane import Lane, Lanes, freeze, hyper, make_step, take, with_hyper
 from hbfunc.sweep.modules import Functional, dropout, functional, seeded
 from hbfunc.sweep.results import Best, Results
+from hbfunc.sweep.running import Event, run, stream
 
 __all__ = [
     "Best",

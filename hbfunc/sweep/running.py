@@ -1,0 +1,262 @@
+"""A sweep as a loop: chunks that fit memory, events, a progress bar and results."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hbfunc.leaves import Tree
+from hbfunc.sweep import designs, memory
+from hbfunc.sweep.engine import check_batch, init, vectorize
+from hbfunc.sweep.lane import ENTRIES, Factory, Lane, Lanes, Metrics, Refresh, freeze, make_step, rows_taken
+from hbfunc.sweep.results import Array, Results
+
+
+class Event(NamedTuple):
+    """What `stream` yields: after `step` steps (from 1), the metrics [k] of the lanes start, ..., start + k - 1."""
+
+    start: int
+    step: int
+    metrics: Metrics
+    lanes: Lanes
+
+
+def stream(
+    loss_fn: Callable[..., Any],
+    tx: Factory,
+    params: Tree | Callable[[int], Tree],
+    design: Mapping[str, Any],
+    batches: Sequence[Any] | Callable[[int], Any],
+    *,
+    steps: int | None = None,
+    buffers: Tree | None = None,
+    stacked: bool = False,
+    needs: Sequence[str] = (),
+    curvature: bool = False,
+    refresh: Callable[[int], Refresh] | None = None,
+    evaluate: Callable[[Lane], Metrics] | None = None,
+    every: int = 1,
+    compile: bool | str | Callable[..., Any] = False,
+    lane_batches: bool | None = None,
+    chunk: int | None = None,
+    memory_bytes: int | None = None,
+    tick: Callable[[int], object] = lambda lanes: None,
+) -> Generator[Event, None, None]:
+    """Train the K lanes of `design`, and yield an Event after every `every` steps and the last, chunk after chunk.
+
+    loss_fn, tx, needs, curvature: see `make_step`. params, design, buffers, stacked: see `init`.
+    batches: a sequence, or a function of the step t = 1, 2, ..., because every chunk sees them again.
+    steps: how many; by default len(batches).
+    refresh: a function of the step, decided here for all lanes; None: in the graph, where each decides for itself.
+    evaluate: lane -> metrics (0-d), computed with the events; NaN for diverged lanes.
+    compile, lane_batches: see `vectorize`; K is that of the design, whatever the chunks.
+    chunk: lanes at once. By default as many as fit into `memory_bytes`, by default half of the free memory, counted
+        in one step with one lane and one with two. Chunks have the same size: the last is padded with its own lanes.
+    tick: called after each step with its number of lanes.
+
+    Whatever the tensors that come require, no graph is kept from one step to the next. An event's lanes are those that
+    are trained on: to be read, and copied (`take`) to be kept.
+
+    Raises ValueError for arguments out of range, TypeError for batches that cannot be read twice.
+    """
+    design = designs.design(design)
+    k = designs.size(design)
+    steps = _steps(batches, steps)
+    if every < 1 or (chunk is not None and chunk < 1):
+        raise ValueError(f"every={every}, chunk={chunk}: expected positive numbers")
+
+    one_step = freeze(make_step(loss_fn, tx, needs, curvature=curvature))
+    step, plain = (vectorize(one_step, how, bool(lane_batches)) for how in (compile, False))
+    measure = torch.vmap(_evaluator(evaluate)) if evaluate else None
+    given = batches if callable(batches) else lambda t: batches[t - 1]
+    at = refresh or (lambda t: None)
+
+    def batch(t: int, rows: Tensor) -> Any:
+        """The batch of step t for these lanes."""
+        one = given(t)
+        check_batch(one, k, lane_batches)
+        if not lane_batches:
+            return one
+        return pytree.tree_map(lambda x: x[rows.to(x.device)] if isinstance(x, Tensor) else x, one)
+
+    def begin(rows: Tensor) -> Lanes:
+        part = {name: column[rows.to(column.device)] for name, column in design.items()}
+        mine = _rows(params, rows) if stacked else params
+        return init(tx, mine, part, _rows(buffers, rows) if stacked else buffers, stacked=stacked)
+
+    def bytes_held(lanes: int) -> int:
+        """By a step of so many lanes: of the kinds of step that the first hundred have, the largest."""
+
+        def work(value: Refresh) -> None:
+            new, _ = plain(begun, batch(1, rows), refresh=value)
+            if measure:
+                measure(new)
+
+        rows = torch.arange(lanes) % k
+        begun = begin(rows)
+        held = sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(begun))
+        kinds = {at(t) for t in range(1, min(steps, 100) + 1)}
+        return held + max(memory.peak_bytes(partial(work, kind)) for kind in kinds)
+
+    def fitting() -> int:
+        """How many lanes to train at once."""
+        device = next(x.device for x in pytree.tree_leaves(begin(torch.zeros(1, dtype=torch.int64))["params"]))
+        budget = memory.available(device) // 2 if memory_bytes is None else memory_bytes
+        return memory.chunk_size(k, bytes_held(1), bytes_held(2), budget)
+
+    if chunk is None:
+        with torch.no_grad():
+            chunk = fitting()
+    for start in range(0, k, chunk):
+        n = min(chunk, k - start)
+        rows = torch.arange(start, start + min(chunk, k)).clamp(max=k - 1)
+        lanes = begin(rows)
+        for t in range(1, steps + 1):
+            with torch.no_grad():  # of the steps together: each takes its own gradient
+                lanes, metrics = step(lanes, batch(t, rows), refresh=at(t))
+                if t % every == 0 or t == steps:
+                    metrics = {**metrics, **(measure(lanes) if measure else {})}
+            tick(n)
+            if t % every == 0 or t == steps:
+                yield Event(start, t, {name: m[:n] for name, m in metrics.items()}, rows_taken(lanes, slice(n)))
+
+
+def run(
+    loss_fn: Callable[..., Any],
+    tx: Factory,
+    params: Tree | Callable[[int], Tree],
+    design: Mapping[str, Any],
+    batches: Sequence[Any] | Callable[[int], Any],
+    *,
+    keep: Sequence[str] = ("params", "buffers"),
+    progress: bool | None = None,
+    **options: Any,
+) -> Results:
+    """Train the K lanes of `design`: `stream` to its end, and what it leaves.
+
+    keep: the entries of the lanes that the results keep, on the CPU.
+    progress: a tqdm bar; None shows one on a terminal if tqdm is installed.
+    options: the keywords of `stream`.
+
+    Once trained, lanes are not lost for a report that fails: a bar that breaks, or a metric of changing shape, is left
+    out with a warning. Raises ImportError when progress=True and tqdm is not installed, ValueError for an entry to keep
+    that lanes do not have, and what `stream` raises.
+    """
+    design = designs.design(design)
+    k = designs.size(design)
+    steps = _steps(batches, options.pop("steps", None))
+    if unknown := set(keep) - set(ENTRIES):
+        raise ValueError(f"keep={min(unknown)!r}: expected some of {', '.join(map(repr, ENTRIES))}")
+    recorded: dict[int, dict[str, list[Array]]] = {}
+    kept: list[Lanes] = []
+    diverged: list[Tensor] = []
+    with (
+        _Bar(progress, k * steps) as bar,
+        closing(stream(loss_fn, tx, params, design, batches, steps=steps, tick=bar.tick, **options)) as events,
+    ):
+        for event in events:
+            for name, m in event.metrics.items():
+                recorded.setdefault(event.step, {}).setdefault(name, []).append(_array(m))
+            if event.step == steps:
+                kept.append(pytree.tree_map(lambda x: x.detach().cpu(), {name: event.lanes[name] for name in keep}))
+                diverged.append(event.lanes["diverged_at"])
+    return Results(
+        design={name: column.cpu().numpy() for name, column in design.items()},
+        steps=torch.tensor(list(recorded)).numpy(),
+        metrics=_tables(list(recorded.values()), k),
+        diverged_at=torch.cat(diverged).cpu().numpy(),
+        lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *kept) if keep else {},
+    )
+
+
+def _array(x: Tensor) -> Array:
+    """A metric as NumPy has it, which knows no bfloat16."""
+    x = x.detach().cpu()
+    return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _tables(events: list[dict[str, list[Array]]], k: int) -> dict[str, Array]:
+    """By metric, its values at all events, [E, K]; NaN where an event has none. What has no such table is left out with
+    a warning: the training is done, and its other results are kept."""
+    tables = {}
+    for name in dict.fromkeys(name for event in events for name in event):
+        missing = [np.full(k, np.nan)]
+        try:
+            tables[name] = np.stack([np.concatenate(event.get(name, missing)) for event in events])
+        except ValueError as error:
+            warnings.warn(f"metric {name!r} is left out of the results: {error}", stacklevel=3)
+    return tables
+
+
+def _steps(batches: Sequence[Any] | Callable[[int], Any], steps: int | None) -> int:
+    if callable(batches):
+        if steps is None:
+            raise ValueError("steps: expected a number of steps, because batches is a function")
+    elif hasattr(batches, "__getitem__") and hasattr(batches, "__len__"):
+        steps = len(batches) if steps is None else steps
+        if steps > len(batches):
+            raise ValueError(f"steps={steps}: there are {len(batches)} batches")
+    else:
+        raise TypeError(
+            f"batches: expected a sequence or a function of the step, got {type(batches).__name__}: every chunk of "
+            "lanes reads them from the start"
+        )
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected a positive number")
+    return steps
+
+
+def _rows(tree: Tree | None, rows: Tensor) -> Tree:
+    return pytree.tree_map(lambda x: x[rows.to(x.device)], tree or {})
+
+
+def _evaluator(evaluate: Callable[[Lane], Metrics]) -> Callable[[Lane], Metrics]:
+    """`evaluate`, NaN for a lane that has diverged."""
+
+    def measure(lane: Lane) -> Metrics:
+        alive = lane["diverged_at"] < 0
+        return {name: torch.where(alive, m, torch.nan) for name, m in evaluate(lane).items()}
+
+    return measure
+
+
+class _Bar:
+    """A tqdm bar, or none. When it fails (a terminal that went away, say), the training goes on without it."""
+
+    def __init__(self, progress: bool | None, total: int) -> None:
+        installed = importlib.util.find_spec("tqdm") is not None
+        if progress and not installed:
+            raise ImportError("progress=True needs tqdm: python -m pip install 'hbfunc[demo]'")
+        self.bar: Any = None
+        if installed and progress is not False:
+            from tqdm import tqdm
+
+            quiet = None if progress is None else False
+            self.bar = tqdm(total=total, unit="lane-step", dynamic_ncols=True, disable=quiet)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._try("close")
+
+    def tick(self, lanes: int) -> None:
+        """So many lanes have made a step."""
+        self._try("update", lanes)
+
+    def _try(self, what: str, *args: Any) -> None:
+        if self.bar is not None:
+            try:
+                getattr(self.bar, what)(*args)
+            except Exception as error:
+                self.bar = None
+                warnings.warn(f"no progress bar any more: {error!r}", stacklevel=4)
