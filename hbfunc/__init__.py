@@ -7,11 +7,8 @@ from hbfunc.combinators import (
     caution,
     cautious,
     ema_params,
-    freeze,
     mars,
     mars_correction,
-    masked,
-    partition,
     with_ema,
     with_hyperparameters,
 )
@@ -65,6 +62,7 @@ from hbfunc.optimizers.soap import (
     PrecondScheduleSOAP,
     soap,
 )
+from hbfunc.partitions import freeze, masked, partition
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.presence import with_presence
 from hbfunc.schedules import palm_beta2, warmup

@@ -23,11 +23,8 @@ from hbfunc.combinators import accumulate as accumulate
 from hbfunc.combinators import caution as caution
 from hbfunc.combinators import cautious as cautious
 from hbfunc.combinators import ema_params as ema_params
-from hbfunc.combinators import freeze as freeze
 from hbfunc.combinators import mars as mars
 from hbfunc.combinators import mars_correction as mars_correction
-from hbfunc.combinators import masked as masked
-from hbfunc.combinators import partition as partition
 from hbfunc.combinators import with_ema as with_ema
 from hbfunc.combinators import with_hyperparameters as with_hyperparameters
 from hbfunc.contract import Transform as Transform
@@ -42,6 +39,9 @@ from hbfunc.optim.wrapped import FromTransform as FromTransform
 from hbfunc.optimizers.partitioned import MatricesTo as MatricesTo
 from hbfunc.optimizers.partitioned import embeddings_and_head as embeddings_and_head
 from hbfunc.optimizers.partitioned import matrices_to as matrices_to
+from hbfunc.partitions import freeze as freeze
+from hbfunc.partitions import masked as masked
+from hbfunc.partitions import partition as partition
 from hbfunc.precision import round_to_parameters as round_to_parameters
 from hbfunc.precision import with_storage as with_storage
 from hbfunc.presence import with_presence as with_presence

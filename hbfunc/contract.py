@@ -26,6 +26,7 @@ from torch import Tensor
 from hbfunc.autocast import as_around, in_own_precision, kinds_of
 from hbfunc.forms import apart, misfit, same_form, short, tensors
 from hbfunc.leaves import (
+    NOTHING,
     Flat,
     Layout,
     Leaves,
@@ -36,6 +37,7 @@ from hbfunc.leaves import (
     flat_params,
     flatten,
     real_params,
+    select_leaves,
 )
 from hbfunc.ranges import plain
 
@@ -407,37 +409,6 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     flat, back, pairs = real_params(params, elementwise=True)
     added = flat_like(flat, updates, "updates", pairs)
     return back({k: (p.to(compute_dtype(p)) + added[k]).to(p.dtype) if k in added else p for k, p in flat.items()})
-
-
-NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
-
-
-def select_leaves(
-    ok: Flat, new: State, old: State, layout: Mapping[str, Any] | tuple[str, ...], shared: Tensor | None = None
-) -> State:
-    """new for the leaves that are ok, else old: entries by path, and rows of stacks. What no leaf owns is new, or goes
-    by the condition `shared`. Beside a dict nothing is a leaf's: a rule's number may be called as a leaf is."""
-    by_leaf = not any(isinstance(x, dict) for x in new.values())
-    selected: State = {}
-    for k, x in new.items():
-        part = layout.get(k, {}) if isinstance(layout, Mapping) else {}
-        if isinstance(x, dict):
-            selected[k] = select_leaves(ok, x, old[k], part, shared)
-        elif isinstance(part, tuple):
-            always = torch.ones((), dtype=torch.bool, device=x.device) if shared is None else shared.to(x.device)
-            rows = torch.stack([ok.get(path, always) for path in part]).reshape(-1, *[1] * (x.ndim - 1))
-            if hasattr(x, "placements"):  # a DTensor; all ranks have the same flags, so that nothing is sent
-                from torch.distributed.tensor import distribute_tensor
-
-                rows = distribute_tensor(rows, x.device_mesh, x.placements, src_data_rank=None)
-            selected[k] = torch.where(rows, x, old[k])
-        elif by_leaf and k in ok and old[k] is not None:
-            selected[k] = torch.where(ok[k], x, old[k])
-        elif shared is None or old[k] is None:
-            selected[k] = x
-        else:
-            selected[k] = torch.where(shared.to(x.device), x, old[k])
-    return selected
 
 
 def update_present(

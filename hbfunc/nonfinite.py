@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbfunc.contract import NOTHING, Transform, remembered, select_leaves, wrap
+from hbfunc.contract import Transform, remembered, wrap
 from hbfunc.exchange import hold_everywhere, is_sharded, local
-from hbfunc.leaves import Flat, Leaves, State, kept
+from hbfunc.leaves import NOTHING, Flat, Leaves, State, kept, select_leaves
 from hbfunc.ranges import check_int
 from hbfunc.schedules import count_zeros
 

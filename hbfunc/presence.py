@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.contract import Transform, wrap
-from hbfunc.leaves import Flat, Layout, Leaves, State, Tree, flatten
-from hbfunc.nonfinite import NOTHING, select_leaves
+from hbfunc.leaves import NOTHING, Flat, Layout, Leaves, State, Tree, flatten, select_leaves
 
 
 def with_presence(inner: Transform) -> Transform:

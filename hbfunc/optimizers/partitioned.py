@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hbfunc.combinators import partition
 from hbfunc.contract import Transform, remembered
 from hbfunc.optim.wrapped import FromTransform
 from hbfunc.optimizers.adam import adamw
+from hbfunc.partitions import partition
 from hbfunc.ranges import truth
 
 Exclude = str | Sequence[str] | Callable[[str, Tensor], bool]
