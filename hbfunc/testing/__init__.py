@@ -27,9 +27,9 @@ from collections.abc import Iterable
 from hbfunc.contract import Transform
 from hbfunc.leaves import Tree
 from hbfunc.testing.cases import Arrays, Case, Extras, Grads, Oracle, Params, case, example
+from hbfunc.testing.classes import CLASS_PROPERTIES, check_class
 from hbfunc.testing.properties import PROPERTIES
 from hbfunc.testing.trees import STEPS, TOLERANCE
-from hbfunc.testing_classes import CLASS_PROPERTIES, check_class
 
 __all__ = [
     "CLASS_PROPERTIES",
