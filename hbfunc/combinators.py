@@ -36,6 +36,7 @@ from hbfunc.leaves import (
 )
 from hbfunc.nonfinite import select, together
 from hbfunc.parametric import ParametricSchedule, spread
+from hbfunc.partitions import freeze, masked, partition  # noqa: F401  (pickles name them here)
 from hbfunc.ranges import check_int, check_number
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transforms.adaptive import ema

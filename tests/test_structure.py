@@ -54,3 +54,9 @@ def test_no_module_is_hidden_by_a_name_of_its_package(package: str) -> None:
                     raise
                 continue
             assert getattr(whole, info.name) is module, f"{package}.{info.name}"
+
+
+@pytest.mark.parametrize("name", ["freeze", "masked", "partition"])
+def test_a_pickle_finds_what_has_moved(name: str) -> None:
+    """A transform pickles as its factory's name: in hbfunc.combinators, while these were there."""
+    assert getattr(hbfunc.combinators, name) is getattr(hbfunc, name)
