@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import hbfunc
 from hbfunc.leaves import Leaves
-from hbfunc.optim.state import places
+from hbfunc.tree import places
 
 COLUMNS: dict[str, list[Shape]] = {
     "vector": [(4096,)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,15 +31,15 @@ from hbfunc.leaves import (
     flat_params,
     in_dtype_of,
     kept,
-    select_leaves,
     zeros,
 )
-from hbfunc.nonfinite import select, together
+from hbfunc.nonfinite import together
 from hbfunc.parametric import ParametricSchedule, spread
 from hbfunc.partitions import freeze, masked, partition  # noqa: F401  (pickles name them here)
 from hbfunc.ranges import check_int, check_number
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transforms.adaptive import ema
+from hbfunc.tree import parts, select, select_leaves
 
 
 class _Making(threading.local):
@@ -388,17 +388,8 @@ def ema_params(state: State, params: Tree) -> Tree:
     the outermost counts. Raises ValueError for a state without an average.
     """
     flat, back = flat_params(params, elementwise=True)
-    found = list(_averages(state))
-    if not found:
+    averages = [part["ema"] for _, part in parts(state) if part.keys() == {"count", "ema", "inner"}]
+    if not averages:
         raise ValueError("state holds no average of the parameters: expected the state of with_ema")
-    average = {k: x for part in reversed(found) for k, x in part.items()}
+    average = {k: x for leaves in reversed(averages) for k, x in leaves.items()}
     return back({k: average[k].to(p.dtype) if k in average else p for k, p in flat.items()})
-
-
-def _averages(state: State) -> Iterator[dict[str, Tensor]]:
-    """The averages in a state, the outermost first."""
-    if state.keys() == {"count", "ema", "inner"}:
-        yield state["ema"]
-    for part in state.values():
-        if isinstance(part, dict):
-            yield from _averages(part)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.autocast import as_around, in_own_precision, kinds_of
-from hbfunc.forms import apart, misfit, same_form, short, tensors
+from hbfunc.forms import short
 from hbfunc.leaves import (
     NOTHING,
     Flat,
@@ -37,9 +37,9 @@ from hbfunc.leaves import (
     flat_params,
     flatten,
     real_params,
-    select_leaves,
 )
 from hbfunc.ranges import plain
+from hbfunc.tree import apart, misfit, same_form, select_leaves, tensors
 
 RefreshSchedule = Callable[[int], "bool | str | None"]  # step t, from 1 -> what `update(..., refresh=)` is given there
 

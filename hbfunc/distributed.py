@@ -11,7 +11,7 @@ plain and the same everywhere. So torch.distributed.checkpoint saves and reshard
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +33,7 @@ from hbfunc.exchange import (
     ranks_of,
 )
 from hbfunc.leaves import Flat, Leaves, State, compute_dtype
-
-Place = tuple[str, ...]
+from hbfunc.tree import Place, items
 
 
 def on_owners(inner: Transform, *, params: bool = True, grads: bool = True) -> Transform:
@@ -95,13 +94,13 @@ class _Plan:
         self.ranks = ranks_of(self.mesh)
         everything = Leaves({k: torch.empty(p.shape, dtype=p.dtype, device="meta") for k, p in leaves.items()})
         self.skeleton = inner.init(everything)
-        self.whole = dict(_flat(self.skeleton))
-        self.rows = {} if inner.layout is None else dict(_flat(inner.layout(everything)))
+        self.whole = dict(items(self.skeleton))
+        self.rows = {} if inner.layout is None else dict(items(inner.layout(everything)))
         owner = self._owners()
         self.specs = {k: Spec(tuple(p.shape), tuple(p.placements), owner[k]) for k, p in self.leaves.items()}
         self.exchange = Exchange(self.specs, self.ranks)
         mine = self.placeholders()
-        inside = {} if inner.layout is None else dict(_flat(inner.layout(mine)))
+        inside = {} if inner.layout is None else dict(items(inner.layout(mine)))
         self.names = self._names(inside)
 
     def _owners(self) -> dict[str, int]:
@@ -151,7 +150,7 @@ class _Plan:
             for k, x in tensors.items():
                 shards[f"{what} {k}"] = local(placed_like(x, self.leaves[k]))
                 specs[f"{what} {k}"] = self.specs[k]
-        entries = dict(_flat(state))
+        entries = dict(items(state))
         for place, x in entries.items():
             if self._is_leafs(place) and x.ndim:
                 shards["/".join(place)] = local(x)
@@ -179,7 +178,7 @@ class _Plan:
             like[f"updates {k}"] = local(self.leaves[k]).new_empty(0, dtype=compute_dtype(self.leaves[k]))
             if k in new:
                 values[f"updates {k}"] = new[k]
-        entries = dict(_flat(after))
+        entries = dict(items(after))
         for place, x in self.whole.items():
             if self._is_leafs(place) and place[-1] in there:
                 key = "/".join(place)
@@ -191,7 +190,7 @@ class _Plan:
 
     def state(self, after: State, before: State, moved: Mapping[str, Tensor], there: Sequence[str]) -> State:
         """The state of all leaves, from that of the owned ones, what came from other owners, and the one before."""
-        entries, old = dict(_flat(after)), dict(_flat(before))
+        entries, old = dict(items(after)), dict(items(before))
         device = local(next(iter(self.leaves.values()))).device
         values: dict[Place, Tensor] = {}
         for place, x in self.whole.items():
@@ -233,14 +232,6 @@ def _replicate() -> Any:
 
 def _placeholder(p: Tensor) -> Tensor:
     return local(p).new_empty(()).expand(p.shape)
-
-
-def _flat(state: Mapping[str, Any], prefix: Place = ()) -> Iterator[tuple[Place, Any]]:
-    for k, x in state.items():
-        if isinstance(x, dict):
-            yield from _flat(x, (*prefix, k))
-        else:
-            yield (*prefix, k), x
 
 
 def _nested(values: Mapping[Place, Tensor], skeleton: Mapping[str, Any], at: Place = ()) -> State:

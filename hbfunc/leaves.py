@@ -150,31 +150,3 @@ def zeros(params: Flat) -> dict[str, Tensor]:
 
 
 NOTHING = -0.0  # p + -0.0 is p to the bit, also for p = -0.0
-
-
-def select_leaves(
-    ok: Flat, new: State, old: State, layout: Mapping[str, Any] | tuple[str, ...], shared: Tensor | None = None
-) -> State:
-    """new for the leaves that are ok, else old: entries by path, and rows of stacks. What no leaf owns is new, or goes
-    by the condition `shared`. Beside a dict nothing is a leaf's: a rule's number may be called as a leaf is."""
-    by_leaf = not any(isinstance(x, dict) for x in new.values())
-    selected: State = {}
-    for k, x in new.items():
-        part = layout.get(k, {}) if isinstance(layout, Mapping) else {}
-        if isinstance(x, dict):
-            selected[k] = select_leaves(ok, x, old[k], part, shared)
-        elif isinstance(part, tuple):
-            always = torch.ones((), dtype=torch.bool, device=x.device) if shared is None else shared.to(x.device)
-            rows = torch.stack([ok.get(path, always) for path in part]).reshape(-1, *[1] * (x.ndim - 1))
-            if hasattr(x, "placements"):  # a DTensor; all ranks have the same flags, so that nothing is sent
-                from torch.distributed.tensor import distribute_tensor
-
-                rows = distribute_tensor(rows, x.device_mesh, x.placements, src_data_rank=None)
-            selected[k] = torch.where(rows, x, old[k])
-        elif by_leaf and k in ok and old[k] is not None:
-            selected[k] = torch.where(ok[k], x, old[k])
-        elif shared is None or old[k] is None:
-            selected[k] = x
-        else:
-            selected[k] = torch.where(shared.to(x.device), x, old[k])
-    return selected

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hbfunc.contract import Transform, remembered, wrap
 from hbfunc.exchange import hold_everywhere, is_sharded, local
-from hbfunc.leaves import NOTHING, Flat, Leaves, State, kept, select_leaves
+from hbfunc.leaves import NOTHING, Flat, Leaves, State, kept
 from hbfunc.ranges import check_int
 from hbfunc.schedules import count_zeros
+from hbfunc.tree import items, parts, select, select_leaves
 
 POLICIES = ("propagate", "skip", "skip_leaf", "raise")
 SKIPPED = "skipped"  # the entry of both states that counts
@@ -75,13 +76,12 @@ def skipped_steps(state: State) -> dict[str, Tensor]:
     By place, "inner.matrices.skipped" for instance, and where steps are skipped leaf by leaf with the leaf behind it;
     likewise "in_a_row", where a limit counts. Int64 scalars. Empty for a state of neither.
     """
-    found: dict[str, Tensor] = {}
-    for k, part in state.items():
-        if k in (SKIPPED, IN_A_ROW):
-            found |= {f"{k}.{path}": x for path, x in part.items()} if isinstance(part, dict) else {k: part}
-        elif isinstance(part, dict):
-            found |= {f"{k}.{place}": x for place, x in skipped_steps(part).items()}
-    return found
+    counters: dict[str, Tensor] = {}
+    for place, part in parts(state):
+        if SKIPPED in part and isinstance(part.get("inner"), dict):
+            own = {k: part[k] for k in (SKIPPED, IN_A_ROW) if k in part}
+            counters |= {".".join((*place, *at)): x for at, x in items(own)}
+    return counters
 
 
 @remembered
@@ -108,13 +108,6 @@ def apply_to_finite_leaves(inner: Transform) -> Transform:
         )
 
     return wrap(inner, init, update, name="apply_to_finite_leaves", elementwise=False)
-
-
-def select(condition: Tensor, new: Any, old: Any) -> Any:
-    """new where the 0-dim condition holds, else old, over nested dicts of tensors; new where old is None."""
-    if isinstance(new, dict):
-        return {k: select(condition, new[k], old[k]) for k in new}
-    return new if old is None else torch.where(condition.to(new.device), new, old)
 
 
 def together(flags: list[Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from hbfunc.leaves import (
     zeros,
 )
 from hbfunc.ranges import truth
+from hbfunc.tree import learning_rates
 
 
 @remembered
@@ -90,17 +91,12 @@ def _rated(inner: Transform) -> Transform:
         state: State, updates: dict[str, Tensor], params: Leaves, *, rate: Tensor | None = None, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
         new, after = inner.update(state, updates, params, **extras)
-        if rate is not None and not _has_rate(state):
+        if rate is not None and not learning_rates(state):
             done = made_steps(inner, params)
             new = {k: u if k in done else u * in_dtype_of(u, rate) for k, u in new.items()}
         return new, after
 
     return wrap(inner, inner.init, update, inside="", needs=(*inner.needs, "rate"))
-
-
-def _has_rate(state: State) -> bool:
-    nodes = {k: v for k, v in state.items() if isinstance(v, dict)}
-    return "lr" in nodes.pop("hyper", {}) or any(map(_has_rate, nodes.values()))
 
 
 def _labels(params: Leaves, labels: Any, what: str) -> dict[str, Any]:

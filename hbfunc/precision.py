@@ -19,6 +19,7 @@ from hbfunc.leaves import Flat, Leaves, State, compute_dtype, kept
 from hbfunc.opaque import materialize
 from hbfunc.ranges import check_choice
 from hbfunc.schedules import count_zeros, increment
+from hbfunc.tree import Place, map_state
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -145,14 +146,12 @@ def round_each(
     return rounded
 
 
-def map_parameter_state(state: State, params: Flat, fn: Callable[[str, str, Tensor], Tensor], where: str = "") -> State:
+def map_parameter_state(state: State, params: Flat, fn: Callable[[str, str, Tensor], Tensor]) -> State:
     """fn(path, place in the state, tensor) over the state tensors that have the shape of a parameter of ndim >= 1."""
-    new: State = {}
-    for k, v in state.items():
-        if isinstance(v, dict):
-            new[k] = map_parameter_state(v, params, fn, f"{where}/{k}")
-        elif k in params and isinstance(v, Tensor) and v.ndim and v.shape == params[k].shape and v.is_floating_point():
-            new[k] = fn(k, where, v)
-        else:
-            new[k] = v
-    return new
+
+    def one(place: Place, x: Any) -> Any:
+        *above, k = place
+        is_parameter = k in params and isinstance(x, Tensor) and x.ndim and x.shape == params[k].shape
+        return fn(k, "/".join(("", *above)), x) if is_parameter and x.is_floating_point() else x
+
+    return map_state(one, state)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hbfunc.contract import Transform, wrap
-from hbfunc.leaves import NOTHING, Flat, Layout, Leaves, State, Tree, flatten, select_leaves
+from hbfunc.leaves import NOTHING, Flat, Layout, Leaves, State, Tree, flatten
+from hbfunc.tree import Place, map_state, select_leaves
 
 
 def with_presence(inner: Transform) -> Transform:
@@ -75,10 +76,9 @@ _LATE = 2**31 - 1
 
 def _late(state: State, here: Flat) -> State:
     """The state, for leaves that are not `here`, of a step at which rules refresh nothing: it would be for nothing."""
-    late: State = {}
-    for k, x in state.items():
-        if isinstance(x, dict) and k == "count":
-            late[k] = {n: torch.where(here[n], t, _LATE - 1) if n in here else t for n, t in x.items()}
-        else:
-            late[k] = _late(x, here) if isinstance(x, dict) else x
-    return late
+
+    def late(place: Place, x: Tensor) -> Tensor:
+        counts = place[-2:-1] == ("count",) and place[-1] in here
+        return torch.where(here[place[-1]], x, _LATE - 1) if counts else x
+
+    return map_state(late, state)

@@ -286,3 +286,10 @@ def test_classes_of_dtensors(name: str, mesh: Any) -> None:
         [p.detach() for p in theirs.values()],
         f"{name} psgd" if "PSGD" in name else name,
     )
+
+
+@pytest.mark.parametrize("wrap", [hbfunc.apply_if_finite, hbfunc.apply_to_finite_leaves])
+def test_counters_of_skipped_steps(wrap: Any) -> None:
+    found = hbfunc.skipped_steps(wrap(hbfunc.adamw()).init(leaves(KEYS)))
+    assert len(found) == (1 if wrap is hbfunc.apply_if_finite else len(KEYS))
+    assert all(place.startswith("skipped") and x.ndim == 0 and x == 0 for place, x in found.items())

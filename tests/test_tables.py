@@ -18,11 +18,12 @@ from conformance import TABLE, Row
 from tables import CLASSES, RECIPES, SHORT, TWINS, WRAPPERS
 
 import hbfunc
-from hbfunc.optim.state import located, places
+from hbfunc.optim.state import located
 from hbfunc.optimizers.base import OPTIMIZERS, RecipeOptimizer
 from hbfunc.pipeline import RECIPES as REGISTERED
 from hbfunc.pipeline import around, recipe
 from hbfunc.race.recipes import recipes
+from hbfunc.tree import places
 
 ROOT = Path(__file__).parents[1]
 CHANGELOG = (ROOT / "hbfunc/docs/CHANGELOG.md").read_text(encoding="utf-8")

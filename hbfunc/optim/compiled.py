@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hbfunc.contract import Transform
 from hbfunc.leaves import Layout, Leaves, compute_dtype
-from hbfunc.optim.state import Place, nested, places
 from hbfunc.presence import masked_update
+from hbfunc.tree import Place, nested, places
 
 Writes = list[tuple[Tensor, Tensor]]  # a buffer, and what is to be in it
 Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], "Writes | None"]

@@ -18,8 +18,9 @@ from hbfunc.contract import Transform
 from hbfunc.exchange import local
 from hbfunc.leaves import Layout, State
 from hbfunc.nonfinite import POLICIES, SKIPPED, apply_if_finite, apply_to_finite_leaves
-from hbfunc.optim.state import Place, per_parameter
+from hbfunc.optim.state import per_parameter
 from hbfunc.ranges import check_choice
+from hbfunc.tree import Place
 
 AGREED: Place = ("hyper", "finite")  # where a unit that skips steps is told that the others' gradients are finite
 WATCH = 100  # steps between two looks at the counters, and how many that are skipped in a row are worth a warning

@@ -24,7 +24,8 @@ from hbfunc.leaves import Leaves
 from hbfunc.optim.guard import rule_of
 from hbfunc.optim.guard import views as views_of
 from hbfunc.optim.stand_ins import ShardedUnit, gradient
-from hbfunc.optim.state import AUXILIARY, Place, check, located, nested
+from hbfunc.optim.state import check, located
+from hbfunc.tree import AUXILIARY, Place, nested
 
 Entries = dict[str, dict[str, Any]]  # path -> name -> tensor
 

@@ -3,81 +3,24 @@
 Both views share memory: entries of a parameter's dict are the tensors of the functional state, or rows of its stacks.
 A stateful step writes in place, so neither view goes stale. Where they part, because somebody has put another tensor or
 other memory into a parameter's dict, the dict is right, and its values are adopted.
-
-"hyper" is a key of the structure where its value is a dict, and the name of a leaf where it is a tensor: parameters may
-be called as they please.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import takewhile
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbfunc.leaves import Layout, State
+from hbfunc.tree import AUXILIARY, Place, places, value_at
 
-Place = tuple[str, ...]  # keys from the root of a state to one of its tensors
 EMA = ("ema", "ema_count")  # entries of `state[p]` that belong to the class, not to its transform
 
-AUXILIARY = ("rounding", "storage")  # what rounds the results of a rule, and is no part of it: see hbfunc.precision
 _DTYPE = re.compile(r"_(float64|float32|bfloat16|float16)(?=_\d+$|$)")  # in the name of a stack
-
-
-def places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
-    """Every tensor of a state with its place, in order; hyperparameters, whose home is the param group, left out."""
-    for key, value in state.items():
-        if not isinstance(value, dict):
-            yield (*prefix, key), value
-        elif key != "hyper":
-            yield from places(value, (*prefix, key))
-
-
-def hyper_places(state: State, prefix: Place = ()) -> Iterator[tuple[Place, Tensor]]:
-    """Every hyperparameter of a state with its place, wherever in nested chains it is."""
-    for key, value in state.items():
-        if isinstance(value, dict):
-            if key == "hyper":
-                yield from (((*prefix, key, name), tensor) for name, tensor in value.items())
-            else:
-                yield from hyper_places(value, (*prefix, key))
-
-
-def hyper_names(found: Iterable[Place]) -> dict[Place, str]:
-    """What a hyperparameter is called in a param group: "lr", and where several transforms have some, "matrices.lr".
-
-    Names are the places without "hyper" and "inner", and without the keys that all of them begin with.
-    """
-    prefixes = {place: tuple(key for key in place[:-1] if key not in ("hyper", "inner")) for place in found}
-    levels = zip(*prefixes.values(), strict=False)
-    shared = len(list(takewhile(lambda keys: len(set(keys)) == 1, levels)))
-    return {place: ".".join((*prefix[shared:], place[-1])) for place, prefix in prefixes.items()}
-
-
-def empty_places(state: State, prefix: Place = ()) -> Iterator[Place]:
-    """Where the empty dicts of a state are: those of a part of the transform that has no leaf."""
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from empty_places(value, (*prefix, key)) if value else [(*prefix, key)]
-
-
-def nested(flat: Mapping[Place, Tensor], empty: Iterable[Place] = ()) -> State:
-    """The inverse of `places` and `empty_places`."""
-    state: State = {}
-    for place in empty:
-        node = state
-        for key in place:
-            node = node.setdefault(key, {})
-    for place, value in flat.items():
-        node = state
-        for key in place[:-1]:
-            node = node.setdefault(key, {})
-        node[place[-1]] = value
-    return state
 
 
 def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -118,10 +61,10 @@ def located(state: State, layout: Layout, paths: list[str]) -> list[tuple[Place,
                 first, count = rows.index(path), rows.count(path)
                 name = place[:-1] if _buckets(layout, place, path) == 1 else place
                 found.append((name, path, value[first] if count == 1 else value[first : first + count]))
-        elif by_leaf(_node(state, place), known):
+        elif by_leaf(value_at(state, place[:-1]), known):
             found.append((place[:-1], place[-1], value))
         else:
-            found += [(place, path, value) for path in _sharing(_node(state, place), paths)]
+            found += [(place, path, value) for path in _sharing(value_at(state, place[:-1]), paths)]
     return found
 
 
@@ -129,13 +72,6 @@ def by_leaf(node: Mapping[str, Any], paths: Collection[str]) -> bool:
     """Whether a dict of a state has a tensor for each of some leaves, and is no part of the structure: a leaf may be
     called "key", and one of the structure's dicts that has a "key" has dicts too."""
     return all(k in paths and not isinstance(x, dict) for k, x in node.items())
-
-
-def _node(state: State, place: Place) -> State:
-    """The dict that holds the tensor at a place."""
-    for key in place[:-1]:
-        state = state[key]
-    return state
 
 
 def _sharing(node: State, paths: list[str]) -> list[str]:

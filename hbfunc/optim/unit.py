@@ -19,8 +19,8 @@ from hbfunc.optim import guard
 from hbfunc.optim.compiled import Ready, Step, Writes, compiled, in_place_step, shared, usable, without_compiler, write
 from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
-from hbfunc.optim.state import AUXILIARY, nested
 from hbfunc.optim.unit_state import UnitState
+from hbfunc.tree import AUXILIARY, nested
 
 Taken = tuple[list[Tensor], list[Any], Sequence[Tensor]]  # parameters, gradients, products
 

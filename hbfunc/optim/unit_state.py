@@ -17,20 +17,16 @@ from hbfunc.leaves import Leaves, State
 from hbfunc.optim import guard
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.state import (
-    Place,
     adopt,
     check_whole,
-    empty_places,
     fitting,
-    hyper_names,
-    hyper_places,
     mapped,
     number_as_tensor,
     own_storage,
-    places,
     rows_of,
     shares_memory,
 )
+from hbfunc.tree import Place, empty_places, hyper_names, hyper_places, places
 
 
 class UnitState:

@@ -22,10 +22,10 @@ from hbfunc.forms import short
 from hbfunc.leaves import Leaves, State
 from hbfunc.optim.averaged import Averaging
 from hbfunc.optim.curvature import WithCurvature
-from hbfunc.optim.state import Place, hyper_names, hyper_places
 from hbfunc.optim.unit import Unit
 from hbfunc.ranges import check_number
 from hbfunc.transforms.schedule_free import holds_schedule_free
+from hbfunc.tree import Place, hyper_names, hyper_places, learning_rates, replaced
 
 
 class FromTransform(Averaging, WithCurvature):
@@ -160,7 +160,7 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
 
     def init(params: Leaves) -> State:
         state = {"inner": inner.init(params)}
-        if last is not None and not _rates(state["inner"]):
+        if last is not None and not learning_rates(state["inner"]):
             state["rounding"] = last.init(params)
         return state if state.get("rounding") else {"inner": state["inner"]}
 
@@ -168,7 +168,7 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any
     ) -> tuple[dict[str, Tensor], State]:
         before = state["inner"]
-        rates = _rates(before)
+        rates = learning_rates(before)
         if last is not None and not rates:
             updates, after = inner.update(before, updates, params, **{**extras, "last": False})
             moved = {k: u * lr for k, u in updates.items()}
@@ -176,24 +176,13 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
             return updates, {"inner": after, "rounding": rounding} if rounding else {"inner": after}
         others = {"rate": lr} if rated else {}
         updates, after = inner.update(
-            _replaced(before, {place: x * lr for place, x in rates.items()}), updates, params, **extras, **others
+            replaced(before, {place: x * lr for place, x in rates.items()}), updates, params, **extras, **others
         )
         if not rates and not rated:
             updates = {k: u * lr for k, u in updates.items()}
-        return updates, {"inner": _replaced(after, rates)}
+        return updates, {"inner": replaced(after, rates)}
 
     return wrap(inner, init, update, needs=tuple(need for need in inner.needs if need != "rate"))
-
-
-def _rates(state: State) -> dict[Place, Tensor]:
-    return {place: x for place, x in hyper_places(state) if place[-1] == "lr"}
-
-
-def _replaced(state: State, values: dict[Place, Tensor], at: Place = ()) -> State:
-    """A state with other tensors at some places."""
-    return {
-        k: _replaced(v, values, (*at, k)) if isinstance(v, dict) else values.get((*at, k), v) for k, v in state.items()
-    }
 
 
 def _lr_beside(hyper: dict[Place, Tensor]) -> dict[Place, Tensor]:

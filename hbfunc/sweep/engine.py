@@ -44,9 +44,9 @@ from hbfunc.sweep.lane import (
     Step,
     arguments_of,
     builder_of,
-    entry_at,
     rows_taken,
 )
+from hbfunc.tree import replaced, value_at
 
 
 def init(
@@ -133,7 +133,7 @@ def _by_path(state: dict[str, Any], columns: Mapping[str, Tensor]) -> dict[str, 
                 raise ValueError(
                     f"design has a column {name!r}: expected one hyperparameter of that name, found {found}"
                 )
-            state = links.replaced(state, places[0], value.to(entry_at(state, places[0])))
+            state = replaced(state, {places[0]: value.to(value_at(state, places[0]))})
     return state
 
 

@@ -14,6 +14,7 @@ from hbfunc import random
 from hbfunc.contract import Transform, apply_updates
 from hbfunc.leaves import Tree
 from hbfunc.sweep import links
+from hbfunc.tree import replaced, value_at
 
 Lane = dict[str, Any]
 Lanes = dict[str, Any]
@@ -95,7 +96,7 @@ def freeze(step: Step) -> Step:
 def hyper(lane: Lane, name: str) -> Tensor:
     """The value of a hyperparameter: 0-d, [K] for lanes. Names and errors as in `with_hyper`; one that is computed from
     columns has the value that it had in the last step."""
-    return entry_at(lane, _place(lane, name)).clone()
+    return value_at(lane, _place(lane, name)).clone()
 
 
 def with_hyper(lane: Lane, /, **values: Tensor | float) -> Lane:
@@ -120,11 +121,11 @@ def with_hyper(lane: Lane, /, **values: Tensor | float) -> Lane:
             raise KeyError(f"hyperparameter {name!r} is computed from the design: expected a value for {columns}")
         copies = known.get("copies", {}).get(name, {}) if place[0] == "design" else {}
         for target in [place, *(("state", *copy) for copy in copies)]:
-            old = entry_at(lane, target)
+            old = value_at(lane, target)
             if isinstance(value, Tensor) and value.shape != old.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)}")
             new = value.to(old, copy=True) if isinstance(value, Tensor) else torch.full_like(old, value)
-            lane = links.replaced(lane, target, new)
+            lane = replaced(lane, {target: new})
     return pytree.tree_map(torch.clone, lane)
 
 
@@ -148,18 +149,9 @@ def _place(lane: Lane, name: str) -> tuple[str, ...]:
     return found[0]
 
 
-def entry_at(tree: dict[str, Any], place: Sequence[str]) -> Any:
-    for key in place:
-        tree = tree[key]
-    return tree
-
-
 def _computed_anew(lane: Lane) -> dict[str, Any]:
     """The lane's state, without the hyperparameters that the transform is to take from the columns of the design."""
-    state = lane["state"]
-    for place in lane.get("links", {}).get("computed", {}):
-        state = links.replaced(state, place, None)
-    return state
+    return replaced(lane["state"], dict.fromkeys(lane.get("links", {}).get("computed", {})))
 
 
 def _apart(tree: Any, given: Any) -> Any:

@@ -9,7 +9,7 @@ The leaves of these dicts are empty dicts, so that a lane has tensors only. A pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from hbfunc.contract import Transform
 from hbfunc.leaves import State, Tree
-from hbfunc.optim.state import Place, hyper_names, hyper_places, places
+from hbfunc.tree import Place, hyper_names, hyper_places, places, replaced
 
 Names = dict[Any, dict[Any, Any]]
 Links = dict[str, Any]
@@ -56,8 +56,7 @@ def _live(
 ) -> set[Any]:
     """The columns and places that a step uses."""
     state = pytree.tree_map(torch.clone, state)
-    for place in computed:
-        state = replaced(state, place, None)
+    state = replaced(state, dict.fromkeys(computed))
     with _Trace() as trace:
         rule = build(columns)
         grads = pytree.tree_map(torch.zeros_like, params)
@@ -70,12 +69,6 @@ def _live(
     sources = {i for x in made for i in trace.sources(x)}
     given: dict[Any, Tensor | None] = {**columns, **dict(hyper_places(state))}
     return {k for k, x in given.items() if id(x) in sources}
-
-
-def replaced(tree: State, place: Sequence[str], value: Tensor | None) -> State:
-    """Nested dicts with another value at a place."""
-    key, *rest = place
-    return {**tree, key: replaced(tree[key], rest, value) if rest else value}
 
 
 class _Trace(TorchFunctionMode):

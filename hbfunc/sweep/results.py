@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hbfunc.tree import map_state
+
 Array = NDArray[Any]
 
 
@@ -57,7 +59,7 @@ class Results:
         if np.isnan(value):
             raise ValueError(f"no lane ends with a number as {metric}")
         hyper = {name: column[lane].item() for name, column in self.design.items()}
-        return Best(lane, value, hyper, _row(self.lanes, lane))
+        return Best(lane, value, hyper, map_state(lambda _, x: x[lane], self.lanes))
 
     def table(self, metric: str = "loss", mode: str = "min", n: int = 10) -> str:
         """The n best lanes as text: lane, hyperparameters, every metric's last value; then how many diverged."""
@@ -122,10 +124,6 @@ class Results:
         if name not in self.design:
             raise KeyError(f"no hyperparameter {name!r}: expected one of {', '.join(map(repr, self.design))}")
         return self.design[name]
-
-
-def _row(tree: Any, lane: int) -> Any:
-    return {k: _row(v, lane) for k, v in tree.items()} if isinstance(tree, dict) else tree[lane]
 
 
 def _norm(values: Array) -> Any:

@@ -26,7 +26,6 @@ from hbfunc.testing.trees import (
     gradients,
     hyper_entries,
     lane,
-    mapped,
     nearby,
     owned_entries,
     reloaded,
@@ -35,6 +34,7 @@ from hbfunc.testing.trees import (
     trajectory,
     with_entries,
 )
+from hbfunc.tree import map_state
 
 PROPERTIES: dict[str, Callable[[Case], None]] = {}
 
@@ -147,7 +147,8 @@ def maps_over_hyperparameters(case: Case) -> None:
             own = 1 + 0.1 * torch.arange(2.0, dtype=torch.float64) * batched
             params = [{k: p * own[i] for k, p in case.params.items()} for i in lanes]
             # At first only what differs is batched, and the rest of the state is shared; then everything is.
-            state, dims = with_entries(start, stacked(values)), mapped(start, lambda x: None)
+            state = with_entries(start, stacked(values))
+            dims: Any = map_state(lambda *_: None, start)
             dims = with_entries(dims, dict.fromkeys(values[0], 0))
             for t, shared in enumerate(gradients(case, 3), 1):
                 grads = [{k: g * own[i] for k, g in shared.items()} for i in lanes]

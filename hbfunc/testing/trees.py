@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hbfunc.contract import apply_updates
 from hbfunc.leaves import State
 from hbfunc.testing.cases import Case, Grads, Params, draw
+from hbfunc.tree import hyper_places, items, map_state
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-7}
 STEPS = 5
@@ -36,15 +37,9 @@ def trajectory(case: Case, grads: Sequence[Grads] | None = None) -> Iterator[tup
         yield t, params, state, updates
 
 
-def hyper_entries(state: State, where: str = "") -> dict[str, Tensor]:
+def hyper_entries(state: State) -> dict[str, Tensor]:
     """The float hyperparameters, by place: "hyper/lr", "matrices/hyper/lr"."""
-    found: dict[str, Tensor] = {}
-    for k, v in state.items():
-        if isinstance(v, dict) and k == "hyper":
-            found.update({f"{where}hyper/{name}": x for name, x in v.items() if x.is_floating_point()})
-        elif isinstance(v, dict):
-            found.update(hyper_entries(v, f"{where}{k}/"))
-    return found
+    return {"/".join(place): x for place, x in hyper_places(state) if x.is_floating_point()}
 
 
 def nearby(x: Tensor, i: int) -> Tensor:
@@ -52,36 +47,22 @@ def nearby(x: Tensor, i: int) -> Tensor:
     return torch.where(x == 0, torch.full_like(x, 0.01 * i), x * (1 - 0.1 * i))
 
 
-def with_entries(state: State, values: Mapping[str, Any], where: str = "") -> State:
+def with_entries(state: State, values: Mapping[str, Any]) -> State:
     """The state with the entries at these places replaced."""
-    return {
-        k: with_entries(v, values, f"{where}{k}/") if isinstance(v, dict) else values.get(f"{where}{k}", v)
-        for k, v in state.items()
-    }
+    return map_state(lambda place, x: values.get("/".join(place), x), state)
 
 
-def mapped(tree: Any, fn: Callable[[Tensor], Any]) -> Any:
-    return {k: mapped(v, fn) for k, v in tree.items()} if isinstance(tree, dict) else fn(tree)
-
-
-def lane(tree: Any, i: int) -> Any:
-    return mapped(tree, lambda x: x[i])
+def lane(tree: State, i: int) -> State:
+    return map_state(lambda _, x: x[i], tree)
 
 
 def stacked(trees: list[Params]) -> Params:
     return {k: torch.stack([tree[k] for tree in trees]) for k in trees[0]}
 
 
-def entries(tree: Any, where: str = "") -> dict[str, Tensor]:
+def entries(tree: Any) -> dict[str, Tensor]:
     """The tensors of nested dicts, by their keys joined with slashes."""
-    found: dict[str, Tensor] = {}
-    for k, v in tree.items():
-        name = f"{where}/{k}" if where else str(k)
-        if isinstance(v, dict):
-            found.update(entries(v, name))
-        elif v is not None:
-            found[name] = v
-    return found
+    return {"/".join(map(str, place)): x for place, x in items(tree) if x is not None}
 
 
 def form_of(state: State) -> dict[str, str]:

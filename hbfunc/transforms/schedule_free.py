@@ -19,6 +19,7 @@ from hbfunc.contract import Transform, by_device, remembered, transform
 from hbfunc.leaves import Leaves, State, Tree, compute_dtype, flat_params, in_dtype_of, kept
 from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
+from hbfunc.tree import parts
 
 
 @remembered
@@ -158,7 +159,7 @@ def _leaves(state: State, beta1: Any) -> Iterator[tuple[str, tuple[Tensor, Any]]
 
 def holds_schedule_free(state: State) -> bool:
     """Whether a state has the state of `schedule_free` in it, or is it."""
-    return is_schedule_free(state) or any(holds_schedule_free(s) for s in state.values() if isinstance(s, dict))
+    return any(is_schedule_free(part) for _, part in parts(state))
 
 
 def is_schedule_free(state: State) -> bool:
