@@ -27,7 +27,7 @@ def evolve(lanes: sweep.Lanes, loss: Tensor, key: Tensor, names: Sequence[str]) 
     changed = torch.zeros_like(loss, dtype=torch.bool)
     changed[ranked[-n:]] = True
     for name in names:
-        up = random.bernoulli(random.fold_in_name(key, name), 0.5, loss.shape)
+        up = random.uniform(random.fold_in_name(key, name), loss.shape) < 0.5
         factor = torch.where(changed, torch.where(up, 1.25, 0.8), 1.0)
         lanes = sweep.with_hyper(lanes, **{name: sweep.hyper(lanes, name) * factor})
     return lanes

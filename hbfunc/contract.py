@@ -151,6 +151,16 @@ def _made_again(
     return function(*args, **kwargs)._replace(**changes)
 
 
+def own_code(fn: Any, name: str) -> Any:
+    """`fn`, a function made inside of another, which now has a code object of its own, of this name.
+
+    torch.compile counts its (few) permitted recompilations per code object: the tenth optimizer that a process compiles
+    would fail for the first nine.
+    """
+    fn.__code__ = fn.__code__.replace(co_name=name)
+    return fn
+
+
 def by_device(update: Callable[..., tuple[dict[str, Tensor], State]]) -> Callable[..., tuple[dict[str, Tensor], State]]:
     """An update that is given leaves on several devices, from one for those of one device. For rules in which a leaf
     knows nothing of the others; "key" in the state is for all of them."""
@@ -231,9 +241,7 @@ def transform(
         return back(apart(updates, taken)), apart(new, taken)
 
     if not torch.compiler.is_compiling():
-        # torch.compile counts its (few) permitted recompilations per code object: without one of their own, the tenth
-        # optimizer that a process compiles would fail for the first nine.
-        update_tree.__code__ = update_tree.__code__.replace(co_name=f"{name}_update")
+        own_code(update_tree, f"{name}_update")
     leafwise = leafwise or elementwise
     return Transform(init_tree, update_tree, name, needs, layout, elementwise, leafwise, steps=steps, rounding=rounding)
 

@@ -110,16 +110,6 @@ def normal_each(keys: Tensor, groups: Sequence[tuple[int, int]], dtype: torch.dt
     return [x.reshape(shape)[:, :size] for x, shape, (_, size) in zip(drawn, shapes, groups, strict=True)]
 
 
-def rademacher(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-    """-1 or +1, each with probability 1/2."""
-    return (1 - 2 * (bits(key, shape) >> 31)).to(dtype)
-
-
-def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] = ()) -> Tensor:
-    """True with probability p (a multiple of 2**-24; broadcast against shape): bool."""
-    return uniform(key, shape) < p
-
-
 def rounding_key(key: Tensor) -> Tensor:
     """What `rounding_bits` takes, int32 [..., 2], of keys int64 [..., 2], mixed: those of neighbouring seeds are
     unrelated."""

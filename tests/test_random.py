@@ -79,7 +79,7 @@ def test_rejects_what_is_not_an_integer_scalar():
 def draw(seed):
     key = random.fold_in_name(random.fold_in(random.key(seed), 3), "layer.0.weight")
     x = torch.linspace(-3, 3, 35).reshape(5, 7)
-    return random.bits(key, (3, 5)), random.rademacher(key, (9,)), random.stochastic_round(x, key)
+    return random.bits(key, (3, 5)), random.uniform(key, (9,)), random.stochastic_round(x, key)
 
 
 def test_same_bits_under_vmap_and_compile():
@@ -136,22 +136,8 @@ def test_normal_is_finite_at_both_ends_of_the_uniform(monkeypatch):
 
 def test_longer_draws_extend_shorter_ones():
     key = random.key(9)
-    for fn in (random.bits, random.uniform, random.normal, random.rademacher):
+    for fn in (random.bits, random.uniform, random.normal):
         assert torch.equal(fn(key, (1001,))[:7], fn(key, (7,)))
-
-
-def test_rademacher_and_bernoulli():
-    n, key = 100_000, random.key(4)
-    signs = random.rademacher(key, (n,))
-    assert set(signs.tolist()) == {-1.0, 1.0}
-    assert abs(signs.mean()) < 4 / math.sqrt(n)
-    for p in (0.25, torch.tensor(0.9)):
-        hits = random.bernoulli(key, p, (n,))
-        assert hits.dtype == torch.bool
-        assert abs(hits.double().mean() - p) < 4 * math.sqrt(0.25 / n)
-    assert random.bernoulli(key, 1.0, (n,)).all()
-    assert not random.bernoulli(key, 0.0, (n,)).any()
-    assert random.bernoulli(key, 0.5).shape == ()
 
 
 def test_stochastic_round_is_unbiased_between_the_two_neighbours():

@@ -18,7 +18,6 @@ from hbfunc.chainable.sides import both_sides_in_place
 from hbfunc.leaves import compute_dtype
 from hbfunc.precision import STORAGE
 
-StateOf = Callable[[Tensor], dict[str, Any]]
 Group = dict[str, Any]
 Tensors = list[Tensor]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
 import warnings
 from collections.abc import Callable, Hashable, Sequence, Set
 from functools import partial
@@ -17,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import list_mode_options
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from hbfunc.contract import Transform
+from hbfunc.contract import Transform, own_code
 from hbfunc.leaves import Layout, Leaves, compute_dtype
 from hbfunc.presence import masked_update
 from hbfunc.tree import Place, nested, places
@@ -111,10 +110,7 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     is nothing to tune, the autotuning modes mean "default"."""
     if mode is None:
         return step
-    # A code object of its own: torch.compile counts its few permitted recompilations per code object.
-    own = types.FunctionType(
-        step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
-    )
+    own = own_code(step, "step")
     options: dict[str, Any] = {"guard_filter_fn": partial(_guarded, made_here(step))}
     if mode in _UNBUILT:
         return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options)

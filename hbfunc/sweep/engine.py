@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hbfunc import random
-from hbfunc.contract import Transform
+from hbfunc.contract import Transform, own_code
 from hbfunc.leaves import Tree
 from hbfunc.sweep import designs, links
 from hbfunc.sweep.lane import (
@@ -193,11 +193,9 @@ def vectorize(
         return torch.vmap(lambda lane: step(lane, batch, refresh=refresh))(lanes)
 
     if compile:
-        # A code object of its own: torch.compile counts its permitted recompilations per code object.
-        lanes_step.__code__ = lanes_step.__code__.replace(co_name="lanes_step")
         mode = compile if isinstance(compile, str) else None
         fast = compile if callable(compile) else partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
-        mapped = fast(lanes_step)
+        mapped = fast(own_code(lanes_step, "lanes_step"))
     else:
         mapped = lanes_step
 
