@@ -163,10 +163,10 @@ def _scheduled(
 
 def _apart(state: State) -> tuple[State, dict[str, Any]]:
     """A state without the hyperparameters that it has at its root, and these."""
-    found = state.get("hyper")
-    if not isinstance(found, dict):
+    hyper = state.get("hyper")
+    if not isinstance(hyper, dict):
         return state, {}
-    return {k: v for k, v in state.items() if k != "hyper"}, found
+    return {k: v for k, v in state.items() if k != "hyper"}, hyper
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:

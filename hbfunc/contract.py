@@ -174,8 +174,8 @@ def by_device(update: Callable[..., tuple[dict[str, Tensor], State]]) -> Callabl
         moved: dict[str, Tensor] = {}
         shared = {"key": state["key"]} if "key" in state else {}
         for device in devices:
-            here = {k: u for k, u in updates.items() if u.device == device}
-            new, state = update({**state, **{k: x.to(device) for k, x in shared.items()}}, here, params, **extras)
+            local = {k: u for k, u in updates.items() if u.device == device}
+            new, state = update({**state, **{k: x.to(device) for k, x in shared.items()}}, local, params, **extras)
             moved |= new
         return {k: moved[k] for k in updates}, {**state, **shared}
 

@@ -99,14 +99,14 @@ def from_heavyball(state_dict: Mapping[str, Any], params: Iterable[Any] | None =
     state: dict[int, Entries] = {}
     groups = []
     for i, group in enumerate(state_dict["param_groups"]):
-        held = {k: _entries(k, state_dict["state"].get(k, {})) for k in group["params"]}
-        held = {k: entries for k, entries in held.items() if entries}
-        source, options = _source(i, held), _options(i, group)
-        if held:
-            leaves = {k: _like(source, k, held[k]) if given is None else given[k] for k in held}
+        entries_of = {k: _entries(k, state_dict["state"].get(k, {})) for k in group["params"]}
+        entries_of = {k: entries for k, entries in entries_of.items() if entries}
+        source, options = _source(i, entries_of), _options(i, group)
+        if entries_of:
+            leaves = {k: _like(source, k, entries_of[k]) if given is None else given[k] for k in entries_of}
             together = [leaves] if options.get("foreach", True) else [{k: p} for k, p in leaves.items()]
             for part in together:
-                state |= _converted(source, options, group, {k: held[k] for k in part}, part)
+                state |= _converted(source, options, group, {k: entries_of[k] for k in part}, part)
         rule = {} if source.rule is None else {"rule": source.rule}
         groups.append({**options, **rule, "params": list(group["params"])})
     return {"state": state, "param_groups": groups}
@@ -128,13 +128,13 @@ def _options(index: int, group: Mapping[str, Any]) -> dict[str, Any]:
     for name in _DIFFERENT:
         if group.get(name):
             raise ValueError(f"param_groups[{index}] has {name}={short(group[name])}, which has no counterpart")
-    found = {k: group[k] for k in _OPTIONS if k in group}
+    options = {k: group[k] for k in _OPTIONS if k in group}
     if "multi_tensor" in group:
-        found["foreach"] = group["multi_tensor"]
+        options["foreach"] = group["multi_tensor"]
     if "max_size_triangular" in group:  # PSGD has one beta, in either spelling
-        first = group["beta"] if group.get("beta") is not None else found["betas"][0]
-        found = {**{k: v for k, v in found.items() if k != "betas"}, "beta": first}
-    return found
+        first = group["beta"] if group.get("beta") is not None else options["betas"][0]
+        options = {**{k: v for k, v in options.items() if k != "betas"}, "beta": first}
+    return options
 
 
 def _entries(index: int, state: Mapping[Any, Any]) -> Entries:
@@ -146,9 +146,9 @@ def _entries(index: int, state: Mapping[Any, Any]) -> Entries:
     return {re.sub(r"_\d+$", "", name): x for view in state.values() for name, x in view.items()}
 
 
-def _source(index: int, held: Mapping[int, Entries]) -> Source:
+def _source(index: int, entries_of: Mapping[int, Entries]) -> Source:
     """The rule that has left these entries."""
-    names = {name for entries in held.values() for name in entries}
+    names = {name for entries in entries_of.values() for name in entries}
     for function, source in SOURCES.items():
         if any(name.startswith(f"{function}_") for name in names):
             aside = ("mars_mars_old_grad", "step", "is_initialized", "_", f"{function}_")
@@ -174,7 +174,7 @@ def _converted(
     source: Source,
     options: Mapping[str, Any],
     group: Mapping[str, Any],
-    held: Mapping[int, Entries],
+    entries_of: Mapping[int, Entries],
     params: Mapping[int, Tensor],
 ) -> dict[int, Entries]:
     """The entries of parameters as the hbfunc class names and shapes them."""
@@ -183,7 +183,7 @@ def _converted(
     leaves = Leaves({str(k): torch.zeros_like(p, requires_grad=False) for k, p in params.items()})
     layout = {} if transform.layout is None else transform.layout(leaves)
     views = per_parameter(transform.init(leaves), layout, list(leaves))
-    steps = group.get("step_count", next((e["step"] for e in held.values() if "step" in e), None))
+    steps = group.get("step_count", next((e["step"] for e in entries_of.values() if "step" in e), None))
     if steps is None:
         raise ValueError("param_groups have no 'step_count', expected the number of steps")
 
@@ -199,11 +199,11 @@ def _converted(
         if name == "beta1":
             return torch.as_tensor(group["betas"][0])
         if name == "previous":
-            return held[k].get("mars_mars_old_grad")
+            return entries_of[k].get("mars_mars_old_grad")
         kind, _, mode = name.partition("_")
         if kind in ("Q", "GG", "cache") and mode.isdigit():
-            return _factor(held[k], kind, int(mode), options.get("store_triu_as_line", True))
-        x = held[k].get(source.entries.get(name, ""))
+            return _factor(entries_of[k], kind, int(mode), options.get("store_triu_as_line", True))
+        x = entries_of[k].get(source.entries.get(name, ""))
         if x is not None and name == "exp_avg" and source.rule == "adopt":  # debiased there, from its second step on
             return x * (1 - group["betas"][0] ** max(int(steps) - 1, 0))
         return x if name != "momentum" or x is None else _sum_of_gradients(source, x, int(steps), group["betas"][0])

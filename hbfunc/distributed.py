@@ -75,8 +75,8 @@ def on_owners(inner: Transform, *, params: bool = True, grads: bool = True) -> T
         mine = Leaves(given["params"] if params else plan.placeholders())
         new, after = inner.update(before, given["updates"], mine, **extras)
         moved = plan.scattered(new, after, list(updates), list(updates))
-        found = {k: as_shard(moved[f"updates {k}"], leaves[k]) for k in updates}
-        return found, plan.state(after, state, moved, list(updates))
+        shards = {k: as_shard(moved[f"updates {k}"], leaves[k]) for k in updates}
+        return shards, plan.state(after, state, moved, list(updates))
 
     return wrap(inner, init, update, inside="")
 
@@ -106,32 +106,32 @@ class _Plan:
     def _owners(self) -> dict[str, int]:
         """The rank that has a leaf's rows. Raises ValueError where several do."""
         world = len(self.ranks.coordinates)
-        found: dict[str, int] = {}
+        owner_of: dict[str, int] = {}
         rows_first = [_rows()] * self.mesh.ndim
         for place, paths in self.rows.items():
             at: list[int] = []
             for rank, coordinate in enumerate(self.ranks.coordinates):
                 at += [rank] * block((len(paths),), rows_first, self.ranks.sizes, coordinate).sizes[0]
             for path, rank in zip(paths, at, strict=True):
-                if found.setdefault(path, rank) != rank:
+                if owner_of.setdefault(path, rank) != rank:
                     raise ValueError(
-                        f"the blocks of params[{path!r}] in the stack {'.'.join(place)!r} are on ranks {found[path]} "
-                        f"and {rank}, expected all on one: without `split`, or use the class"
+                        f"the blocks of params[{path!r}] in the stack {'.'.join(place)!r} are on ranks "
+                        f"{owner_of[path]} and {rank}, expected all on one: without `split`, or use the class"
                     )
-        rest = {k: matrix_shape(tuple(p.shape)) for k, p in self.leaves.items() if k not in found}
-        return found | owners({k: cost(s) for k, s in rest.items()}, rest, world)
+        rest = {k: matrix_shape(tuple(p.shape)) for k, p in self.leaves.items() if k not in owner_of}
+        return owner_of | owners({k: cost(s) for k, s in rest.items()}, rest, world)
 
     def _names(self, inside: Mapping[Place, tuple[str, ...]]) -> dict[Place, Place]:
         """Where a stack is in the state of the owned leaves: its name may lack the number that told it from others."""
         left = dict(inside)
-        found = {}
+        names = {}
         for place, paths in self.rows.items():
             mine = tuple([path for path in paths if path in self.exchange.blocks])
             if mine:
                 same = [p for p, there in left.items() if p[:-1] == place[:-1] and there == mine]
-                found[place] = place if place in same else same[0]
-                del left[found[place]]
-        return found
+                names[place] = place if place in same else same[0]
+                del left[names[place]]
+        return names
 
     def placeholders(self) -> Leaves:
         """The owned leaves: shapes and dtypes, but no values and no memory."""
@@ -155,8 +155,8 @@ class _Plan:
             if self._is_leafs(place) and x.ndim:
                 shards["/".join(place)] = local(x)
                 specs["/".join(place)] = self._spec(place)
-        found = Exchange(specs, self.ranks).gather(shards)
-        given = {what: {k: found[f"{what} {k}"] for k in x if f"{what} {k}" in found} for what, x in sent.items()}
+        wholes = Exchange(specs, self.ranks).gather(shards)
+        given = {what: {k: wholes[f"{what} {k}"] for k in x if f"{what} {k}" in wholes} for what, x in sent.items()}
         mine: dict[Place, Tensor] = {}
         for place, x in entries.items():
             if place in self.rows:
@@ -165,7 +165,7 @@ class _Plan:
             elif not self._is_leafs(place):
                 mine[place] = x
             elif place[-1] in self.exchange.blocks:
-                mine[place] = found["/".join(place)] if x.ndim else x
+                mine[place] = wholes["/".join(place)] if x.ndim else x
         return given, _nested(mine, state)
 
     def scattered(self, new: Flat, after: State, moving: Sequence[str], there: Sequence[str]) -> dict[str, Tensor]:

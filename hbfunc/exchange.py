@@ -62,8 +62,8 @@ def on_shards(fn: Callable[..., Tensor], x: Any, *others: Tensor) -> Tensor:
     if not is_sharded(x):
         return fn(x, *others)
     ranks = ranks_of(x.device_mesh)
-    here = ranks.block(Spec(tuple(x.shape), tuple(x.placements), 0), ranks.me)
-    return as_shard(fn(local(x), *[here.of(y) for y in others]), x)
+    block = ranks.block(Spec(tuple(x.shape), tuple(x.placements), 0), ranks.me)
+    return as_shard(fn(local(x), *[block.of(y) for y in others]), x)
 
 
 def placed(x: Any, p: Tensor) -> Tensor:
@@ -90,14 +90,14 @@ def hold_everywhere(flags: Mapping[str, Tensor], of: Mapping[str, Any]) -> dict[
     for k in flags:
         if is_sharded(of[k]):
             meshes.setdefault(of[k].device_mesh, []).append(k)
-    found = dict(flags)
+    held = dict(flags)
     for mesh, keys in meshes.items():
         from torch.distributed.tensor import DTensor, Partial
 
-        here = torch.stack([flags[k] for k in keys]).to(torch.int32)
-        there = DTensor.from_local(here, mesh, [Partial("min")] * mesh.ndim, run_check=False).full_tensor()
-        found.update(zip(keys, (there > 0).unbind(), strict=True))
-    return found
+        flags_here = torch.stack([flags[k] for k in keys]).to(torch.int32)
+        there = DTensor.from_local(flags_here, mesh, [Partial("min")] * mesh.ndim, run_check=False).full_tensor()
+        held.update(zip(keys, (there > 0).unbind(), strict=True))
+    return held
 
 
 class Block(NamedTuple):
@@ -164,10 +164,10 @@ class Ranks(NamedTuple):
 
 def on_paper(sizes: Shape, me: int = 0) -> Ranks:
     """The ranks of a mesh of these sizes, without processes."""
-    every: list[Shape] = [()]
+    coordinates: list[Shape] = [()]
     for n in sizes:
-        every = [(*c, i) for c in every for i in range(n)]
-    return Ranks(me, tuple(every), sizes)
+        coordinates = [(*c, i) for c in coordinates for i in range(n)]
+    return Ranks(me, tuple(coordinates), sizes)
 
 
 def ranks_of(mesh: Any) -> Ranks:
@@ -220,9 +220,9 @@ class Exchange:
         self.specs, self.ranks = dict(specs), ranks
         self.mine = {k: ranks.block(s, ranks.me) for k, s in specs.items()}
         self.owned = [k for k, s in specs.items() if s.owner == ranks.me]
-        every = range(len(ranks.coordinates))
-        self.blocks = {k: [ranks.block(specs[k], r) for r in every] for k in self.owned}
-        self._senders = {k: [r for r in every if ranks.sends(specs[k], r)] for k in self.owned}
+        numbers = range(len(ranks.coordinates))
+        self.blocks = {k: [ranks.block(specs[k], r) for r in numbers] for k in self.owned}
+        self._senders = {k: [r for r in numbers if ranks.sends(specs[k], r)] for k in self.owned}
 
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the shards here of some tensors: those of them that this rank owns, whole."""
@@ -244,8 +244,8 @@ class Exchange:
         like: by key, for all tensors that travel, any tensor of the right dtype and device.
         """
         keys = [k for k in self.specs if k in like]
-        every = range(len(self.ranks.coordinates))
-        sent = [(r, k, self.blocks[k][r].of(wholes[k])) for k in keys if k in self.blocks for r in every]
+        numbers = range(len(self.ranks.coordinates))
+        sent = [(r, k, self.blocks[k][r].of(wholes[k])) for k in keys if k in self.blocks for r in numbers]
         received = [(self.specs[k].owner, k, self.mine[k], like[k].dtype) for k in keys]
         return dict(zip(keys, self._travel(sent, received, [like[k] for k in keys]), strict=True))
 
@@ -301,22 +301,22 @@ def owners(costs: Mapping[str, float], kinds: Mapping[str, Any], world: int, fir
     together: dict[Any, list[str]] = {}
     for k in costs:
         together.setdefault(kinds[k], []).append(k)
-    found: dict[str, int] = {}
+    owner_of: dict[str, int] = {}
     rest: list[list[str]] = []
     for keys in together.values():
         ordered = sorted(keys, key=lambda k: -costs[k])
         full = len(keys) // world * world
         for i, k in enumerate(ordered[:full]):
-            found[k] = (first + i) % world
-            load[found[k]] += costs[k]
+            owner_of[k] = (first + i) % world
+            load[owner_of[k]] += costs[k]
         rest.append(ordered[full:])
     for keys in sorted(filter(None, rest), key=lambda keys: -costs[keys[0]]):
         free = set(range(world))
         for k in keys:
-            found[k] = min(free, key=lambda r: (load[r], (r - first) % world))
-            free.remove(found[k])
-            load[found[k]] += costs[k]
-    return found
+            owner_of[k] = min(free, key=lambda r: (load[r], (r - first) % world))
+            free.remove(owner_of[k])
+            load[owner_of[k]] += costs[k]
+    return owner_of
 
 
 def cost(shape: Sequence[int]) -> float:

@@ -147,12 +147,12 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every entry of every tensor is finite: a 0-dim bool tensor on the device of the first. In few kernels,
     and without waiting for them. Tensors on the meta device have no entries. Of DTensors all shards count, on all
     ranks, which all must call."""
-    here = [x for x in map(local, tensors) if not x.is_meta]
-    real = [torch.view_as_real(x) if x.is_complex() else x for x in here if x.numel()]
+    shards = [x for x in map(local, tensors) if not x.is_meta]
+    real = [torch.view_as_real(x) if x.is_complex() else x for x in shards if x.numel()]
     if real:
         ok = torch.isfinite(torch.nn.utils.get_total_norm(real, math.inf))  # a largest magnitude cannot overflow
     else:
-        ok = torch.ones((), dtype=torch.bool, device=here[0].device if here else None)
+        ok = torch.ones((), dtype=torch.bool, device=shards[0].device if shards else None)
     for x in {x.device_mesh: x for x in tensors if is_sharded(x)}.values():  # type: ignore[attr-defined]
         ok = hold_everywhere({"": ok}, {"": x})[""]
     return ok

@@ -67,13 +67,13 @@ def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor
     """
 
     def label(params: Leaves) -> dict[str, Any]:
-        found = _labels(params, labels, "labels")
-        for k, v in found.items():
+        label_of = _labels(params, labels, "labels")
+        for k, v in label_of.items():
             if v not in transforms:
                 raise ValueError(
                     f"labels gives params[{k!r}] {short(v)}: expected one of {', '.join(map(repr, transforms))}"
                 )
-        return found
+        return label_of
 
     rated = transforms
     if any("rate" in t.needs or t.steps for t in transforms.values()):

@@ -64,9 +64,9 @@ def with_storage(inner: Transform, storage_dtype: str = "float32", seed: int | T
             return x
 
         map_parameter_state(new, params, collect)
-        full = {k: x for found in entries.values() for k, x in found.items()}
-        counts = {k: t[path] for path, found in entries.items() for k in found}
-        second = {k for found in entries.values() for k in list(found)[1::2]}
+        full = {k: x for tensors in entries.values() for k, x in tensors.items()}
+        counts = {k: t[path] for path, tensors in entries.items() for k in tensors}
+        second = {k for tensors in entries.values() for k in list(tensors)[1::2]}
         low = round_each(full, keyed["key"], counts, second)
         new = map_parameter_state(new, params, lambda path, where, x: low.get(f"{path}/{where}", x).to(dtype))
         return updates, {**new, own: kept(keyed, count=t)}
@@ -131,8 +131,10 @@ def round_each(
     devices = dict.fromkeys([x.device for x in xs.values()])
     if len(devices) > 1:
         parts = [{k: x for k, x in xs.items() if x.device == device} for device in devices]
-        found = [round_each(part, key.to(device), counts, second) for part, device in zip(parts, devices, strict=True)]
-        return {k: x for part in found for k, x in part.items()}
+        rounded_parts = [
+            round_each(part, key.to(device), counts, second) for part, device in zip(parts, devices, strict=True)
+        ]
+        return {k: x for part in rounded_parts for k, x in part.items()}
     if not xs:
         return {}
     names = [k for k in xs if k not in second]

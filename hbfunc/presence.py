@@ -44,10 +44,10 @@ def with_presence(inner: Transform) -> Transform:
         for k in updates:
             if k not in flags:
                 raise ValueError(f"present has no entry for params[{k!r}]: expected the structure of params")
-        here = {k: torch.as_tensor(flags[k], device=u.device) for k, u in updates.items()}
+        mask = {k: torch.as_tensor(flags[k], device=u.device) for k, u in updates.items()}
         layout = {} if inner.layout is None else inner.layout(params)
-        new, after = masked_update(inner, layout, state, updates, params, here, extras)
-        return {k: torch.where(here[k], u, NOTHING) for k, u in new.items()}, after
+        new, after = masked_update(inner, layout, state, updates, params, mask, extras)
+        return {k: torch.where(mask[k], u, NOTHING) for k, u in new.items()}, after
 
     return wrap(inner, inner.init, update, inside="")
 
@@ -58,27 +58,27 @@ def masked_update(
     state: State,
     updates: Flat,
     params: Leaves,
-    here: Flat,
+    mask: Flat,
     extras: dict[str, Any],
 ) -> tuple[dict[str, Tensor], State]:
-    """The inner update, given zeros for the leaves that are not `here`; their state is as it was, their updates mean
+    """The inner update, given zeros for the leaves that `mask` leaves out; their state is as it was, their updates mean
     nothing."""
-    given = {k: torch.where(here[k], u, 0) for k, u in updates.items()}
+    given = {k: torch.where(mask[k], u, 0) for k, u in updates.items()}
     if extras.get("grads") is not None:
-        extras = {**extras, "grads": {k: torch.where(here[k], g, 0) for k, g in extras["grads"].items() if k in here}}
-    new, after = inner.update(_late(state, here), given, params, **extras)
-    return new, select_leaves(here, after, state, layout)
+        extras = {**extras, "grads": {k: torch.where(mask[k], g, 0) for k, g in extras["grads"].items() if k in mask}}
+    new, after = inner.update(_late(state, mask), given, params, **extras)
+    return new, select_leaves(mask, after, state, layout)
 
 
 # A count at which hardly anything is due: a prime, and no first step.
 _LATE = 2**31 - 1
 
 
-def _late(state: State, here: Flat) -> State:
-    """The state, for leaves that are not `here`, of a step at which rules refresh nothing: it would be for nothing."""
+def _late(state: State, mask: Flat) -> State:
+    """The state where, for leaves that `mask` leaves out, rules refresh nothing: it would be for nothing."""
 
     def late(place: Place, x: Tensor) -> Tensor:
-        counts = place[-2:-1] == ("count",) and place[-1] in here
-        return torch.where(here[place[-1]], x, _LATE - 1) if counts else x
+        counts = place[-2:-1] == ("count",) and place[-1] in mask
+        return torch.where(mask[place[-1]], x, _LATE - 1) if counts else x
 
     return map_state(late, state)

@@ -142,8 +142,8 @@ def per_leaf(counts: Flat, like: Flat, fn: Callable[[Tensor], Sequence[Any]]) ->
     devices = dict.fromkeys([counts[k].device for k in like])
     if len(devices) > 1:
         parts = [{k: x for k, x in like.items() if counts[k].device == device} for device in devices]
-        found = [per_leaf(counts, part, fn) for part in parts]
-        return [{k: x for part in parts for k, x in part.items()} for parts in zip(*found, strict=True)]
+        scalars_of_parts = [per_leaf(counts, part, fn) for part in parts]
+        return [{k: x for part in parts for k, x in part.items()} for parts in zip(*scalars_of_parts, strict=True)]
     paths = list(like)
     t = torch.stack([counts[k] for k in paths]).to(torch.float64)
     dtype = torch.float64 if any(like[k].dtype == torch.float64 for k in paths) else torch.float32

@@ -67,12 +67,12 @@ def learning_rates(state: State) -> dict[Place, Tensor]:
     return {place: x for place, x in hyper_places(state) if place[-1] == "lr"}
 
 
-def hyper_names(found: Iterable[Place]) -> dict[Place, str]:
+def hyper_names(places: Iterable[Place]) -> dict[Place, str]:
     """What a hyperparameter is called in a param group: "lr", and where several transforms have some, "matrices.lr".
 
     Names are the places without "hyper" and "inner", and without the keys that all of them begin with.
     """
-    prefixes = {place: tuple(key for key in place[:-1] if key not in ("hyper", "inner")) for place in found}
+    prefixes = {place: tuple(key for key in place[:-1] if key not in ("hyper", "inner")) for place in places}
     levels = zip(*prefixes.values(), strict=False)
     shared = len(list(takewhile(lambda keys: len(set(keys)) == 1, levels)))
     return {place: ".".join((*prefix[shared:], place[-1])) for place, prefix in prefixes.items()}
@@ -200,9 +200,9 @@ def misfit(state: Any, expected: dict[str, Any], layout: Any = None, where: str 
             continue
         at, old = f"{where}[{k!r}]", state[k]
         if isinstance(x, dict):
-            found = None if k == "hyper" else misfit(old, x, layout.get(k) if isinstance(layout, dict) else None, at)
-            if found is not None:
-                return found
+            amiss = None if k == "hyper" else misfit(old, x, layout.get(k) if isinstance(layout, dict) else None, at)
+            if amiss is not None:
+                return amiss
         elif not isinstance(old, Tensor):
             return f"{at} is {short(old)}, expected a tensor of shape {tuple(x.shape)}"
         elif old.shape != x.shape:

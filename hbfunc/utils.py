@@ -175,7 +175,7 @@ def fused_hook(parameters: Iterable[Any], optimizer: Callable[..., Any], *args: 
     """
     listed = {p[1] if isinstance(p, tuple) else p: p for p in parameters}
     fused = optimizer(list(listed.values()), *args, **kwargs)
-    every = frozenset(p for p in listed if p.requires_grad)
+    members = frozenset(p for p in listed if p.requires_grad)
     seen: dict[Tensor, weakref.ref[Tensor]] = {}  # the gradients that have arrived, to tell old ones from new
     repeated, warned, passes = list[bool](), list[bool](), [-1]
 
@@ -192,7 +192,7 @@ def fused_hook(parameters: Iterable[Any], optimizer: Callable[..., Any], *args: 
         seen[p] = weakref.ref(p.grad)  # type: ignore[arg-type]
 
     def ended() -> None:
-        missing = [p for p in every if p.grad is None]
+        missing = [p for p in members if p.grad is None]
         if not missing:
             seen.clear()
             repeated.clear()
@@ -208,6 +208,6 @@ def fused_hook(parameters: Iterable[Any], optimizer: Callable[..., Any], *args: 
             )
 
     fused.step = MethodType(ignored, fused)
-    for p in every:
+    for p in members:
         p.register_post_accumulate_grad_hook(arrived)
     return fused

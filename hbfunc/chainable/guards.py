@@ -60,8 +60,8 @@ class FunctionTransform:
 
     def __reduce__(self) -> Any:
         # By name where it has one, like any function: pickle would look for the undecorated function otherwise.
-        here = getattr(sys.modules.get(self.__module__), self.__name__, None)
-        return self.__name__ if here is self else super().__reduce__()
+        namesake = getattr(sys.modules.get(self.__module__), self.__name__, None)
+        return self.__name__ if namesake is self else super().__reduce__()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.fn_name})"
@@ -81,7 +81,7 @@ class ZeroGuard(FunctionTransform):
 
         entries = [entries_of(state, p) for p in param]
         values = [
-            [_first_seen(held, self.val_name(name), partial(zeros, p)) for held, p in zip(entries, param, strict=True)]
+            [_first_seen(own, self.val_name(name), partial(zeros, p)) for own, p in zip(entries, param, strict=True)]
             for name in self.names
         ]
         return self.fn(state, group, update, grad, param, *args, *values, **kwargs)
@@ -101,7 +101,7 @@ class CopyGuard(FunctionTransform):
         copied = [update, grad, param, *args][self.index]
         entries = [entries_of(state, p) for p in param]
         values = [
-            [_first_seen(held, self.val_name(name), x.clone) for held, x in zip(entries, copied, strict=True)]
+            [_first_seen(stored, self.val_name(name), x.clone) for stored, x in zip(entries, copied, strict=True)]
             for name in self.names
         ]
         return self.fn(state, group, update, grad, param, *args, *values, **kwargs)
@@ -129,11 +129,11 @@ class GeneralGuard(FunctionTransform):
     ) -> Any:
         required = [name for name in self.names if isinstance(name, str)]
         entries = [entries_of(state, p) for p in param]
-        new = [not all(name in held for name in required) for held in entries]
-        for held, first, u, g, p in zip(entries, new, update, grad, param, strict=True):
+        new = [not all(name in stored for name in required) for stored in entries]
+        for stored, first, u, g, p in zip(entries, new, update, grad, param, strict=True):
             if first:
-                self.init_fn(held, group, u, g, p, **kwargs)
-                missing = [name for name in required if name not in held]
+                self.init_fn(stored, group, u, g, p, **kwargs)
+                missing = [name for name in required if name not in stored]
                 if missing:
                     raise KeyError(f"the init_fn of {self.fn_name} did not set {', '.join(map(repr, missing))}")
         ready = [i for i, first in enumerate(new) if not (first and self.skip_first)]
@@ -149,7 +149,7 @@ class GeneralGuard(FunctionTransform):
 
     def _values(self, entries: list[dict[str, Any]]) -> list[list[Any]]:
         pairs = [(name, None) if isinstance(name, str) else name for name in self.names]
-        return [[held.get(name, default) for held in entries] for name, default in pairs]
+        return [[stored.get(name, default) for stored in entries] for name, default in pairs]
 
 
 class NoState(FunctionTransform):
@@ -216,7 +216,7 @@ def entries_of(state: Any, p: Tensor) -> dict[str, Any]:
     return state(p) if callable(state) else state.setdefault(p, {})
 
 
-def _first_seen(held: dict[str, Any], key: str, make: Callable[[], Tensor]) -> Any:
-    if key not in held:
-        held[key] = make()
-    return held[key]
+def _first_seen(stored: dict[str, Any], key: str, make: Callable[[], Tensor]) -> Any:
+    if key not in stored:
+        stored[key] = make()
+    return stored[key]

@@ -128,18 +128,18 @@ class Run:
         outcomes = []
         for world in self.worlds:
             paths = [k for k in updates if k in world.entries]
-            here = {what: {k: tensors[k] for k in paths} for what, tensors in given.items()}
-            found = do({**here, "entries": {k: world.entries[k] for k in paths}, "group": group})
-            world.entries.update(found["entries"])
-            outcomes.append((world, found))
+            arguments = {what: {k: tensors[k] for k in paths} for what, tensors in given.items()}
+            returned = do({**arguments, "entries": {k: world.entries[k] for k in paths}, "group": group})
+            world.entries.update(returned["entries"])
+            outcomes.append((world, returned))
 
         def merged(what: str, otherwise: Callable[[str], Tensor]) -> Flat:
             """The results called `what`, of all parameters for which any world has something."""
-            found: Flat = {}
+            results: Flat = {}
             for k in dict.fromkeys(k for _, result in outcomes for k in result[what]):
                 values = [result[what].get(k, otherwise(k)) for world, result in outcomes if k in world.entries]
-                found[k] = values[0] if len(values) == 1 else torch.where(self.first[k], values[1], values[0])
-            return found
+                results[k] = values[0] if len(values) == 1 else torch.where(self.first[k], values[1], values[0])
+            return results
 
         for k, flag in merged("skipped", lambda k: torch.zeros((), dtype=torch.bool, device=device)).items():
             self.skipped[k] = flag | self.skipped[k] if k in self.skipped else flag
@@ -147,8 +147,8 @@ class Run:
         changes = [result["group"] for _, result in outcomes]
         for name in dict.fromkeys(name for change in changes for name in change):
             values = [change.get(name, group.get(name)) for change in changes]
-            every = torch.stack(list(self.first.values())).all() if self.first else None
-            self.group[name] = values[0] if every is None else select(every, values[1], values[0])
+            all_first = torch.stack(list(self.first.values())).all() if self.first else None
+            self.group[name] = values[0] if all_first is None else select(all_first, values[1], values[0])
         return merged("update", lambda k: updates[k])
 
 
@@ -179,11 +179,11 @@ class Program:
         ending: what follows the transform of an update_by_* that is not the last, to move the parameters. With it, the
         last one's is left to what follows the elements.
         """
-        found = [t for i in range(len(self.parts)) for t in self._element(i, run, ending)]
+        elements = [t for i in range(len(self.parts)) for t in self._element(i, run, ending)]
         if not _fits_curvature(self.transforms(run)):
-            return found
+            return elements
         # As in the recipe, factors are fitted on what the functions are given, not on the raw gradients.
-        inner = chain(*found, name="psgd")
+        inner = chain(*elements, name="psgd")
         return [inner._replace(needs=tuple(need for need in inner.needs if need != "grads"))]
 
     def _element(self, i: int, run: Run, ending: Ending | None) -> list[Transform]:
@@ -210,9 +210,9 @@ class Program:
         def init(params: Leaves) -> State:
             run.params = dict(params)
             state = {**inner.init(params), "clock": {"count": count_zeros(params)}}
-            found = self.first({"param": run.params, "group": run.numbers()}) if params else {}
-            names = dict.fromkeys(name for entries in found.values() for name in entries)
-            functions = {name: {k: e[name] for k, e in found.items() if name in e} for name in names}
+            entries_of = self.first({"param": run.params, "group": run.numbers()}) if params else {}
+            names = dict.fromkeys(name for entries in entries_of.values() for name in entries)
+            functions = {name: {k: e[name] for k, e in entries_of.items() if name in e} for name in names}
             return {**state, "functions": functions} if functions else state
 
         def update(
@@ -243,7 +243,7 @@ class Program:
 
     def begin(self, run: Run, count: Flat, functions: Mapping[str, Flat], refresh: Any) -> None:
         """Make the worlds. Where refresh tells, the first step is known; but PSGD's does not tell."""
-        stored = {k: {name: held[k] for name, held in functions.items() if k in held} for k in count}
+        stored = {k: {name: values[k] for name, values in functions.items() if k in values} for k in count}
         nothing: dict[str, Flat] = {k: {} for k in count}
         if known_first(self.parts, functions):
             run.worlds = [World(False, stored)]
@@ -271,14 +271,14 @@ def known_first(parts: Iterable[Part], names: Iterable[str]) -> bool:
 
 def collected(functions: Mapping[str, Flat], run: Run) -> dict[str, Flat]:
     """The entries after a step. Raises ValueError where a function has changed their names or shapes."""
-    new = {name: dict(held) for name, held in functions.items()}
+    new = {name: dict(values_before) for name, values_before in functions.items()}
     for k in run.params:
-        found = [world.entries[k] for world in run.worlds if k in world.entries]
-        for name in dict.fromkeys(name for entries in found for name in entries):
+        entries_of_worlds = [world.entries[k] for world in run.worlds if k in world.entries]
+        for name in dict.fromkeys(name for entries in entries_of_worlds for name in entries):
             if k not in functions.get(name, {}):
                 raise ValueError(f"state entry {name!r} of params[{k!r}] is new, expected all at the first step")
             old = functions[name][k]
-            values = [entries.get(name, old) for entries in found]
+            values = [entries.get(name, old) for entries in entries_of_worlds]
             for x in values:
                 if x.shape != old.shape:
                     shapes = f"{tuple(x.shape)}, expected {tuple(old.shape)}"

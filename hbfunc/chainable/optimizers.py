@@ -40,7 +40,7 @@ def chain(state: Any, group: Group, grad: list[Tensor], param: list[Tensor], *fn
     state: a function from a parameter to its dict, or a dict of such dicts.
     """
 
-    def held(p: Tensor) -> dict[str, Any]:
+    def state_of(p: Tensor) -> dict[str, Any]:
         return entries_of(state, p)
 
     update: Any = [g.clone() for g in grad]
@@ -50,7 +50,7 @@ def chain(state: Any, group: Group, grad: list[Tensor], param: list[Tensor], *fn
         if part.face is not None:
             first_step_moves &= part.face.transform(group, **part.options).first_step_moves
         try:
-            update = part.function(part.spaced(held), group, update, grad, param)
+            update = part.function(part.spaced(state_of), group, update, grad, param)
         except SkipUpdate as skip:
             update = skip.update or update
             flags = skip.skipped or [True] * len(param)
@@ -60,7 +60,7 @@ def chain(state: Any, group: Group, grad: list[Tensor], param: list[Tensor], *fn
     ready = [i for i, skip in enumerate(skipped) if not skip]
     if ready:
         moved, grads, params = ([tensors[i] for i in ready] for tensors in (update, grad, param))
-        _step.move(_step.transform(group, first_step_moves=first_step_moves), held, moved, grads, params)
+        _step.move(_step.transform(group, first_step_moves=first_step_moves), state_of, moved, grads, params)
 
 
 @Face

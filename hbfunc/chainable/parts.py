@@ -139,11 +139,11 @@ def _once(part: Part, choices: Mapping[str, Any], inputs: dict[str, Any]) -> dic
     copies = clones(inputs)
     numbers, paths = copies["group"], list(copies["update"])
     update, grad, param = ([copies[what][k] for k in paths] for what in ("update", "grad", "param"))
-    held = {k: codec.nested(copies["entries"][k]) for k in paths}
+    stored = {k: codec.nested(copies["entries"][k]) for k in paths}
     group = {**choices, **numbers}
-    updates, skipped = _called(part, held, group, update, grad, param)
+    updates, skipped = _called(part, stored, group, update, grad, param)
 
-    entries = {k: codec.flat(held[k]) for k in paths}
+    entries = {k: codec.flat(stored[k]) for k in paths}
     changed = {k: v for k, v in group.items() if k not in choices or v is not choices[k]}
     for k, v in changed.items():
         if not all(isinstance(x, (Tensor, bool, int, float)) for x in (v if isinstance(v, tuple) else (v,))):
@@ -160,10 +160,10 @@ def _once(part: Part, choices: Mapping[str, Any], inputs: dict[str, Any]) -> dic
 
 
 def _called(
-    part: Part, held: dict[str, Any], group: Group, update: Tensors, grad: Tensors, param: Tensors
+    part: Part, stored: dict[str, Any], group: Group, update: Tensors, grad: Tensors, param: Tensors
 ) -> tuple[Sequence[Tensor], list[Any]]:
     """The updates, and for each whether it is to be skipped. A function that returns None skips all."""
-    of = {id(p): entries for p, entries in zip(param, held.values(), strict=True)}
+    of = {id(p): entries for p, entries in zip(param, stored.values(), strict=True)}
 
     def state(p: Tensor) -> dict[str, Any]:
         if id(p) not in of:
@@ -202,12 +202,12 @@ def _first_entries(parts: Sequence[Part], choices: Mapping[str, Any], inputs: di
     }
     copies = clones({**inputs, "update": grads, "grad": grads})
     update, grad, param = (list(copies[what].values()) for what in ("update", "grad", "param"))
-    held = {k: codec.FirstValues() for k in copies["param"]}
+    stored = {k: codec.FirstValues() for k in copies["param"]}
     group = {**choices, **copies["group"]}
     for part in parts:
         if part.palm:
             group["betas"] = (group["betas"][0], at(palm_schedule(group.get("beta2_scale", 0.8)), group["step"]))
         elif part.own:
-            result, _ = _called(part, held, group, update, grad, param)
+            result, _ = _called(part, stored, group, update, grad, param)
             update = [_like(part, k, x, g) for (k, g), x in zip(grads.items(), result, strict=True)]
-    return {k: entries.first() for k, entries in held.items()}
+    return {k: entries.first() for k, entries in stored.items()}

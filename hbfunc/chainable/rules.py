@@ -47,8 +47,8 @@ class Face(FunctionTransform):
         layout = {} if transform.layout is None else transform.layout(leaves)
         views = per_parameter(functional, layout, paths)
         names = {name: self.val_name(name) for path in paths for name in views[path]}
-        held = {path: {n: entries[path][key] for n, key in names.items() if key in entries[path]} for path in paths}
-        adopt(views, {path: values for path, values in held.items() if values})
+        stored = {path: {n: entries[path][key] for n, key in names.items() if key in entries[path]} for path in paths}
+        adopt(views, {path: values for path, values in stored.items() if values})
         extras = {"grads": _computed(grad, leaves)} if "grads" in transform.needs else {}
         updates, functional = transform.update(functional, _computed(update, leaves), leaves, **extras)
         for path, values in per_parameter(functional, layout, paths).items():
@@ -126,13 +126,13 @@ def _computed(tensors: Sequence[Tensor], leaves: Leaves) -> dict[str, Tensor]:
 
 def _given(group: Group, *names: str, **options: Any) -> dict[str, Any]:
     """The arguments of a transform that the group has: betas under the names beta1 and beta2, or `beta` for either."""
-    found = {}
+    betas = {}
     if "betas" in group:
         first, second = group["betas"]
-        found = {"beta": first, "beta1": first, "beta2": second.decay if isinstance(second, PalmBeta2) else second}
+        betas = {"beta": first, "beta1": first, "beta2": second.decay if isinstance(second, PalmBeta2) else second}
     elif "beta" in group:
-        found = {"beta": group["beta"], "beta1": group["beta"]}
-    known = {**group, **found, **options}
+        betas = {"beta": group["beta"], "beta1": group["beta"]}
+    known = {**group, **betas, **options}
     return {name: known[name] for name in names if known.get(name) is not None}
 
 

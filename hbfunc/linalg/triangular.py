@@ -39,11 +39,11 @@ def times_upper_transposed(x: Tensor, q: Tensor) -> Tensor:
 @own_precision
 def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
     """q - t q for upper triangular q and t [..., n, n], of which `parts` has the rows that `upper_gram` gives."""
-    every = blocks(q.shape[-1])
+    columns = blocks(q.shape[-1])
     rows = []
-    for i, (at, t) in enumerate(zip(every, parts, strict=True)):
+    for i, (at, t) in enumerate(zip(columns, parts, strict=True)):
         # The columns `to` of the product need t and q from the start of `at` to the end of `to`: elsewhere one is zero.
-        product = _joined([t[..., : to.stop - at.start] @ q[..., at.start : to.stop, to] for to in every[i:]], -1)
+        product = _joined([t[..., : to.stop - at.start] @ q[..., at.start : to.stop, to] for to in columns[i:]], -1)
         rows.append(torch.nn.functional.pad(q[..., at, at.start :] - product, (at.start, 0)))
     return _joined(rows, -2)
 

@@ -37,10 +37,10 @@ class Averaging(StatefulOptimizer):
         state = {**self.state, **self._presented(names=_NAMES)} if turning else {}
         for group in turning:
             for p in group["params"]:
-                found = _average(state.get(p, {}))
-                if found is not None:
+                average = _average(state.get(p, {}))
+                if average is not None:
                     real = as_real(p) if p.is_complex() else p
-                    real.copy_(move(real, *found))
+                    real.copy_(move(real, *average))
             group["train_mode"] = train
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:

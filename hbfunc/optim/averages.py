@@ -50,6 +50,6 @@ class Averages(torch.optim.Optimizer):
     def _swap(self) -> None:
         for p, state in self.state.items():
             if "ema" in state:
-                held = p.to(state["ema"].dtype, copy=True)
+                before = p.to(state["ema"].dtype, copy=True)
                 p.copy_(state["ema"])
-                state["ema"].copy_(held)
+                state["ema"].copy_(before)

@@ -41,16 +41,16 @@ def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
     known = set(listed)
     if len(known) != len(listed):
         raise ValueError("state_dict['param_groups'] lists a parameter twice, expected every one once")
-    held = {}
+    state = {}
     for p, entries in state_dict["state"].items():
         if p not in known:
             raise ValueError(f"state_dict['state'] has an entry {p!r}, expected the parameters in its param_groups")
         if not isinstance(entries, Mapping):
             raise TypeError(f"state_dict['state'][{p!r}] is {type(entries).__name__}, expected a dict of tensors")
-        held[p] = {k: Held(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
+        state[p] = {k: Held(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
     _check_values(state_dict)
     groups = by_name(optimizer.param_groups, state_dict["param_groups"])
-    return {**state_dict, "state": held, "param_groups": groups}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def by_name(mine: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -67,14 +67,14 @@ def by_name(mine: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any
     own = _names(mine)
     if own is None or theirs is None or len(mine) != len(loaded):
         return loaded
-    every, other = list(chain(*own)), list(chain(*theirs))
-    found = _matched(every, other)
-    if found is None:
+    own_names, other = list(chain(*own)), list(chain(*theirs))
+    matched = _matched(own_names, other)
+    if matched is None:
         if by_id:
             return loaded
-        raise ValueError(_difference(every, other))
+        raise ValueError(_difference(own_names, other))
     of = dict(zip(other, chain(*ids), strict=True))
-    params = [[of[found[name]] for name in names] for names in own]
+    params = [[of[matched[name]] for name in names] for names in own]
     sources = {frozenset(group["params"]): group for group in loaded}
     alike = [sources[frozenset(group)] for group in params if frozenset(group) in sources]
     groups = alike if len(alike) == len(sources) == len(loaded) else loaded
@@ -83,7 +83,7 @@ def by_name(mine: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]] | None:
     """The names of the parameters of each group, or None where a parameter has none."""
-    found = []
+    names_of_groups = []
     for i, group in enumerate(groups):
         names, count = group.get("param_names"), len(group["params"])
         if names is None and count:
@@ -93,8 +93,8 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]] | None:
             raise ValueError(
                 f"param_groups[{i}]['param_names'] is {short(names)}, expected {count} strings, as in 'params'"
             )
-        found.append(list(names))
-    return found
+        names_of_groups.append(list(names))
+    return names_of_groups
 
 
 def _matched(mine: list[str], theirs: list[str]) -> dict[str, str] | None:
@@ -128,14 +128,14 @@ def _listed(names: list[str]) -> str:
 
 def _check_values(state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError for a NaN anywhere, and for a count that is negative or about to overflow."""
-    found: list[tuple[str, Any, Tensor]] = []  # where, value, whether it is bad in what is here of it
+    checks: list[tuple[str, Any, Tensor]] = []  # where, value, whether it is bad in what is here of it
     for i, group in enumerate(state_dict["param_groups"]):
         for k, v in group.items():
             where = f"['param_groups'][{i}][{k!r}]"
             for x in filter(torch.is_tensor, v if isinstance(v, (list, tuple)) else (v,)):
                 if x.is_meta or x.ndim:
                     raise ValueError(f"state_dict{where} is of shape {tuple(x.shape)} on {x.device}, expected a number")
-                found.append((where, x, x.isnan().any()))
+                checks.append((where, x, x.isnan().any()))
     for p, entries in state_dict["state"].items():
         for k, x in entries.items():
             where = f"['state'][{p!r}][{k!r}]"
@@ -143,15 +143,15 @@ def _check_values(state_dict: Mapping[str, Any]) -> None:
             if not isinstance(x, Tensor) or x.is_meta or x.layout != torch.strided:
                 continue
             if x.is_floating_point():
-                found.append((where, x, local(x).isnan().any()))
+                checks.append((where, x, local(x).isnan().any()))
             elif str(k).rpartition(".")[2] in _COUNTS and not x.is_complex():
-                found.append((where, x, ((local(x) < 0) | (local(x) > _MOST)).any()))
-    if any(is_sharded(x) for _, x, _ in found):  # sorted: the order of a state dict may differ between ranks
-        found = sorted(found, key=lambda entry: entry[0])
-        good = hold_everywhere({where: ~flag for where, _, flag in found}, {where: x for where, x, _ in found})
-        found = [(where, x, ~good[where]) for where, x, _ in found]
-    bad = torch.stack([flag.cpu() for *_, flag in found]).tolist() if found else []
-    for (where, x, _), wrong in zip(found, bad, strict=True):
+                checks.append((where, x, ((local(x) < 0) | (local(x) > _MOST)).any()))
+    if any(is_sharded(x) for _, x, _ in checks):  # sorted: the order of a state dict may differ between ranks
+        checks = sorted(checks, key=lambda entry: entry[0])
+        good = hold_everywhere({where: ~flag for where, _, flag in checks}, {where: x for where, x, _ in checks})
+        checks = [(where, x, ~good[where]) for where, x, _ in checks]
+    bad = torch.stack([flag.cpu() for *_, flag in checks]).tolist() if checks else []
+    for (where, x, _), wrong in zip(checks, bad, strict=True):
         if wrong:
             what = "has a NaN" if x.is_floating_point() else f"is {x.tolist()}, expected a count"
             raise ValueError(f"state_dict{where} {what}")
@@ -167,21 +167,21 @@ def _params(group: Any, index: int) -> Any:
 
 def released(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, dict[str, Any]]:
     """The state with its tensors back. The averages are copies; what else there is will be copied into buffers."""
-    found: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    state_of: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     for p, entries in state.items():
-        found[p] = {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()}
-        if any(name in found[p] for name in EMA):
+        state_of[p] = {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()}
+        if any(name in state_of[p] for name in EMA):
             for name, like in zip(
                 EMA, (p.to(average_dtype(p)), torch.zeros((), dtype=torch.int64, device=p.device)), strict=True
             ):
-                average = found[p].get(name)
+                average = state_of[p].get(name)
                 if not isinstance(average, Tensor) or any(
                     getattr(average, what) != getattr(like, what) for what in ("shape", "dtype", "layout", "is_meta")
                 ):
                     what = f"{like.dtype} of shape {tuple(like.shape)}"
                     raise ValueError(f"state of a parameter: {name!r} is {average!r}, expected {what}")
-                found[p][name] = placed(average, p).to(p.device, copy=True)
-    return found
+                state_of[p][name] = placed(average, p).to(p.device, copy=True)
+    return state_of
 
 
 def average_dtype(p: Tensor) -> torch.dtype:

@@ -59,10 +59,10 @@ def in_place_step(
         params: Sequence[Tensor], grads: Sequence[Tensor], tensors: Sequence[Tensor], products: Sequence[Tensor]
     ) -> Writes | None:
         leaves = Leaves(zip(paths, params, strict=True))
-        here: dict[str, Tensor] = {}
+        flags: dict[str, Tensor] = {}
         if masked is not None:
             *products, mask = products
-            here = dict(zip([paths[i] for i in present], mask.unbind(), strict=True))
+            flags = dict(zip([paths[i] for i in present], mask.unbind(), strict=True))
         given = {paths[i]: g.to(compute_dtype(params[i])) for i, g in zip(present, grads, strict=True)}
         more = dict(extras)
         if curvature:
@@ -74,9 +74,9 @@ def in_place_step(
         if masked is None:
             updates, state = transform.update(state, given, leaves, **more)
         else:
-            updates, state = masked_update(transform, masked, state, given, leaves, here, more)
+            updates, state = masked_update(transform, masked, state, given, leaves, flags, more)
         moved = {k: leaves[k].to(u.dtype) + u for k, u in updates.items()}
-        moved |= {k: torch.where(here[k], moved[k], leaves[k].to(u.dtype)) for k, u in updates.items() if k in here}
+        moved |= {k: torch.where(flags[k], moved[k], leaves[k].to(u.dtype)) for k, u in updates.items() if k in flags}
         written = dict.fromkeys((*params, *tensors))
         after = dict(places(state))
         changed = [(old, after[place]) for place, old in zip(at, tensors, strict=True) if place in after]
@@ -124,10 +124,10 @@ _made: WeakValueDictionary[Hashable, Ready] = WeakValueDictionary()
 
 def shared(key: Hashable, make: Callable[[], Ready]) -> Ready:
     """What was made for this key, as long as somebody holds it; or else what is made now."""
-    found = _made.get(key)
-    if found is None:
-        found = _made[key] = make()
-    return found
+    ready = _made.get(key)
+    if ready is None:
+        ready = _made[key] = make()
+    return ready
 
 
 def made_here(step: Step) -> set[str]:
@@ -144,17 +144,17 @@ def _guarded(own: Set[str], entries: Sequence[Any]) -> list[bool]:
     own: names of variables. What is looked at is where a guarded value comes from, not how that is spelled.
     """
     ours = {f"__import_{name.replace('.', '_dot_')}" for name in sys.modules if name.partition(".")[0] == "hbfunc"}
-    found = []
+    checked = []
     for entry in entries:
         source = entry.orig_guard.originating_source
         while hasattr(source, "base"):
             source = source.base
         if entry.is_global:
             name = getattr(source, "global_name", "")
-            found.append(name not in ours and not name.startswith("__builtins_dict__"))
+            checked.append(name not in ours and not name.startswith("__builtins_dict__"))
         else:
-            found.append(getattr(source, "local_name", None) not in own)
-    return found
+            checked.append(getattr(source, "local_name", None) not in own)
+    return checked
 
 
 # Whether a step can be compiled where it is taken.

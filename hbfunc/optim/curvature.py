@@ -63,12 +63,13 @@ class WithCurvature(StatefulOptimizer):
         if any(due):
             for (_, unit), wanted, decision in zip(work, newton, decisions, strict=True):
                 v |= unit.probes(decision) if wanted else {}
-        found = self._times_hessian(v)
-        every: list[list[Tensor] | None] = []
+        product_of = self._times_hessian(v)
+        products: list[list[Tensor] | None] = []
         for (_, unit), wanted, now in zip(work, newton, due, strict=True):
             params = unit.moving() if now else []
-            every.append([found[p] if p in found else torch.zeros_like(p) for p in params] if wanted else None)
-        return every
+            of_unit = [product_of[p] if p in product_of else torch.zeros_like(p) for p in params]
+            products.append(of_unit if wanted else None)
+        return products
 
     def _times_hessian(self, v: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """H v for the parameters in v; those that the product does not depend on are left out."""

@@ -126,8 +126,8 @@ class ParamGroups(torch.optim.Optimizer):
         flat = [getattr(p, "_fsdp_flattened", False) for p in group["params"]]
         if not any(flat) or (self.transform(group).elementwise and group["nonfinite"] in ("propagate", "raise")):
             return
-        every = (p for g in self.param_groups for p in g["params"])
-        if any(getattr(p, "_fsdp_flattened", False) and p.ndim > 1 for p in every):
+        params = (p for g in self.param_groups for p in g["params"])
+        if any(getattr(p, "_fsdp_flattened", False) and p.ndim > 1 for p in params):
             return  # NO_SHARD: they are whole, and as they were
         raise ValueError(
             f"params[{self._names(index)[flat.index(True)]!r}] is a flat shard of FSDP1, and {type(self).__name__} "
@@ -149,8 +149,8 @@ class ParamGroups(torch.optim.Optimizer):
         return [str(first + i) for i in range(len(group["params"]))]
 
     def _named(self) -> list[tuple[str, Tensor]]:
-        every = enumerate(self.param_groups)
-        return [pair for i, group in every for pair in zip(self._names(i), group["params"], strict=True)]
+        groups = enumerate(self.param_groups)
+        return [pair for i, group in groups for pair in zip(self._names(i), group["params"], strict=True)]
 
     def _leaf(self, p: Tensor) -> Tensor:
         """What a transform sees of a parameter: itself, or of a complex one a view, with the gradient, as reals."""

@@ -40,10 +40,10 @@ def views(state: State, layout: Layout, paths: list[str], policy: str) -> dict[s
     """`per_parameter` of the state of a guarded transform: that of the rule, and the counter."""
     if policy not in ("skip", "skip_leaf"):
         return per_parameter(state, layout, paths)
-    found = per_parameter(*rule_of(state, layout, policy), paths)
-    name = COUNTERS[any(SKIPPED in entries for entries in found.values())]
+    entries_of = per_parameter(*rule_of(state, layout, policy), paths)
+    name = COUNTERS[any(SKIPPED in entries for entries in entries_of.values())]
     count = state[SKIPPED]
-    return {k: {**entries, name: count[k] if isinstance(count, dict) else count} for k, entries in found.items()}
+    return {k: {**entries, name: count[k] if isinstance(count, dict) else count} for k, entries in entries_of.items()}
 
 
 def rule_of(state: State, layout: Layout, policy: str) -> tuple[State, Layout]:
@@ -55,13 +55,13 @@ def later(x: Tensor) -> Callable[[], list[Any]]:
     """x.tolist, to be called later: what it waits for is `x`, not what was queued on the device since."""
     if not x.is_cuda:
         return x.tolist
-    held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
 
     def read() -> list[Any]:
         done.synchronize()
-        return held.tolist()
+        return pinned.tolist()
 
     return read
 
@@ -102,13 +102,13 @@ class Watch:
 
 def _counters(groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Parameters that are guarded and their counters, by device. Meta tensors count nothing."""
-    found: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for group in groups:
         for p in group["params"] if group["nonfinite"] in ("skip", "skip_leaf") else ():
             entries = state.get(p) or {}
             count = entries.get(COUNTERS[COUNTERS[1] in entries])
             if isinstance(count, Tensor) and not count.is_meta:
-                params, counts = found.setdefault(count.device, ([], []))
+                params, counts = by_device.setdefault(count.device, ([], []))
                 params.append(p)
                 counts.append(local(count))
-    return list(found.values())
+    return list(by_device.values())

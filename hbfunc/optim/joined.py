@@ -77,7 +77,7 @@ class Joined:
 
         shared: ids of the tensors that members share with other leaves, as they are.
         """
-        found: dict[str, dict[str, Tensor]] = {path: {} for path in self.members}
+        entries_of: dict[str, dict[str, Tensor]] = {path: {} for path in self.members}
         self._scalars, self._shown, self._names = [], [], []
         for name, x in joined.items():
             if id(x) in shared:
@@ -91,9 +91,9 @@ class Joined:
                 self._shown += parts
                 self._names.append(name)
             for path, part in zip(self.members, parts, strict=True):
-                found[path][name] = part
+                entries_of[path][name] = part
         self._written = list(map(_writes, self._shown))
-        return found
+        return entries_of
 
     def agree(self) -> bool:
         """Whether the members' scalars are still those of the flat leaf."""
@@ -103,10 +103,10 @@ class Joined:
             return all(torch.equal(each, x.expand_as(each)) for x, each in self._scalars)
         return list(map(_writes, self._shown)) == self._written  # their values would have to be waited for
 
-    def alike(self, held: Mapping[str, Mapping[str, Any]]) -> bool:
-        """Whether all members have the same scalars in `held`, states by path."""
-        found = [{n: _number(held.get(k, {}).get(n)) for n in self._names} for k in self.members]
-        return all(scalars == found[0] for scalars in found)
+    def alike(self, stored: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether all members have the same scalars in `stored`, states by path."""
+        numbers = [{n: _number(stored.get(k, {}).get(n)) for n in self._names} for k in self.members]
+        return all(scalars == numbers[0] for scalars in numbers)
 
     def gather_scalars(self) -> None:
         """Bring the flat leaf's scalars to the members' values, which are equal."""
@@ -149,10 +149,10 @@ class _Buffer:
         self.flat.untyped_storage().resize_(0)
 
 
-def joins(leaves: Leaves, held: Mapping[str, Mapping[str, Any]]) -> list[Joined]:
-    """The leaves that can be one: small, with a gradient, of one dtype, and with equal scalars in the state `held`."""
+def joins(leaves: Leaves, stored: Mapping[str, Mapping[str, Any]]) -> list[Joined]:
+    """The leaves that can be one: small, with a gradient, of one dtype, and whose `stored` scalars are equal."""
     groups: dict[Any, list[tuple[int, str]]] = defaultdict(list)
-    known = {path: held[path] for path in leaves if path in held}
+    known = {path: stored[path] for path in leaves if path in stored}
     moments = {k for path, entries in known.items() for k, x in entries.items() if _ndim(x) == leaves[path].ndim > 0}
     room = max(_ALWAYS, _SHARE * sum(p.numel() for p in leaves.values()))
     for i, (path, p) in enumerate(leaves.items()):

@@ -62,10 +62,10 @@ class OwnedUnit(ShardedUnit):
         layout = (lambda params: {}) if transform.layout is None else transform.layout
         state, places = transform.init(everything), layout(everything)
         self.expected = views_of(state, places, list(leaves), nonfinite)
-        here = nested(self.tensors, self.empty), layout(Leaves(mine))
+        owned = nested(self.tensors, self.empty), layout(Leaves(mine))
         rule = located(*rule_of(state, places, nonfinite), list(leaves))
-        views = _matched(rule, located(*rule_of(*here, nonfinite), list(mine)))
-        for k, entries in views_of(*here, list(mine), nonfinite).items():
+        views = _matched(rule, located(*rule_of(*owned, nonfinite), list(mine)))
+        for k, entries in views_of(*owned, list(mine), nonfinite).items():
             views[k] += list(entries.values())[-1:] if len(views[k]) < len(self.expected[k]) else []  # a counter
         self.entries = {}
         for k, entries in self.expected.items():
@@ -124,8 +124,8 @@ class OwnedUnit(ShardedUnit):
         if len(sets) not in self._several:
             specs = {f"{i} {k}": spec for i in range(len(sets)) for k, spec in self.exchange.specs.items()}
             self._several[len(sets)] = Exchange(specs, self.ranks)
-        found = self._several[len(sets)].gather(numbered)
-        return [{k: found[f"{i} {k}"] for k in shards if k in self.exchange.blocks} for i, shards in enumerate(sets)]
+        wholes = self._several[len(sets)].gather(numbered)
+        return [{k: wholes[f"{i} {k}"] for k in shards if k in self.exchange.blocks} for i, shards in enumerate(sets)]
 
     def due(self) -> bool | str | None:
         """As the base class, from the counts of all leaves: the same decision on every rank."""
@@ -153,8 +153,8 @@ class OwnedUnit(ShardedUnit):
         for x, k in stand_ins.items():
             x.grad = grads.get(k)
         asked = {stand_ins[x]: v for x, v in super().probes(refresh).items()} if grads else {}
-        found = self.exchange.scatter(asked, {k: local(self.parameters[k]) for k in there})
-        return {self.parameters[k]: as_shard(v, self.parameters[k]) for k, v in found.items()}
+        shards = self.exchange.scatter(asked, {k: local(self.parameters[k]) for k in there})
+        return {self.parameters[k]: as_shard(v, self.parameters[k]) for k, v in shards.items()}
 
     def presented(self, wanted: Callable[[str], bool] = lambda name: True) -> Entries:
         """`state[p]` of all leaves, the same entries on all ranks: DTensors, and plain tensors where they are 0-dim.
@@ -179,15 +179,15 @@ class OwnedUnit(ShardedUnit):
                 result[k][name] = (
                     dtensor(x.clone(), self.mesh, specs[k].placements, specs[k].shape) if x.ndim else x.clone()
                 )
-        return {k: {n: found[n] for n in self.expected[k] if n in found} for k, found in result.items()}
+        return {k: {n: shards_of[n] for n in self.expected[k] if n in shards_of} for k, shards_of in result.items()}
 
     def _now(self, path: str, name: str) -> Tensor:
         """An entry of an owned leaf as it is in `state[p]`, or is to be."""
         made = self.entries[path][name]
-        found = self.held.get(path, {}).get(name, made)
-        if not isinstance(found, Tensor) or found.shape != made.shape:
-            raise ValueError(f"state of parameter {path!r}: {name!r} is {found!r}, expected shape {tuple(made.shape)}")
-        return found.to(made)
+        entry = self.dicts.get(path, {}).get(name, made)
+        if not isinstance(entry, Tensor) or entry.shape != made.shape:
+            raise ValueError(f"state of parameter {path!r}: {name!r} is {entry!r}, expected shape {tuple(made.shape)}")
+        return entry.to(made)
 
     def expecting(self) -> Mapping[str, Mapping[str, Tensor]]:
         return self.expected
@@ -199,28 +199,28 @@ class OwnedUnit(ShardedUnit):
             there = {k: entries[name] for k, entries in values.items() if name in entries}
             spread = {k: x for k, x in there.items() if is_sharded(x) and x.device_mesh == self.mesh}
             specs = {k: Spec(tuple(x.shape), x.placements, self.exchange.specs[k].owner) for k, x in spread.items()}
-            here = {k: local(x).to(self.parameters[k].device) for k, x in spread.items()}
-            found = Exchange(specs, self.ranks).gather(here)
+            shards = {k: local(x).to(self.parameters[k].device) for k, x in spread.items()}
+            wholes = Exchange(specs, self.ranks).gather(shards)
             for k, x in there.items():
                 if k not in spread:
-                    found[k] = whole(x)
+                    wholes[k] = whole(x)
                 if k in self.exchange.blocks:
-                    self.entries[k][name].copy_(found[k])
+                    self.entries[k][name].copy_(wholes[k])
 
 
 def _matched(
-    every: Sequence[tuple[Place, str, Tensor]], here: Sequence[tuple[Place, str, Tensor]]
+    located: Sequence[tuple[Place, str, Tensor]], owned: Sequence[tuple[Place, str, Tensor]]
 ) -> dict[str, list[Tensor]]:
     """The views, by leaf, in a state of some leaves, in the order that they have in the state of all.
 
     A stack may have another name there, with a number at its end where the device or the leaf tells equal ones apart.
     """
     own: dict[str, dict[Place, Tensor]] = {}
-    for name, k, view in here:
+    for name, k, view in owned:
         own.setdefault(k, {})[name] = view
-    found: dict[str, list[Tensor]] = {k: [] for k in own}
-    for name, k, _ in every:
+    views: dict[str, list[Tensor]] = {k: [] for k in own}
+    for name, k, _ in located:
         if k in own:
             same = name if name in own[k] else next(n for n in own[k] if n[:-1] == name[:-1])
-            found[k].append(own[k].pop(same))
-    return found
+            views[k].append(own[k].pop(same))
+    return views

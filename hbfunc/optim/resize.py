@@ -40,23 +40,23 @@ def resized(
     to the parameter stays; factors that mix rows begin anew, and moments that live in their basis are put back first.
     """
     names = fitting(entries, fresh)
-    held = {n: entries[there] for n, there in names.items()}
-    held = _without_factors(_rotated_back(held))
-    found: dict[str, Any] = {k: x for k, x in entries.items() if k not in names.values()}
-    for k, x in found.items():  # the class's average, and what others have
+    moments = {n: entries[there] for n, there in names.items()}
+    moments = _without_factors(_rotated_back(moments))
+    result: dict[str, Any] = {k: x for k, x in entries.items() if k not in names.values()}
+    for k, x in result.items():  # the class's average, and what others have
         if isinstance(x, Tensor) and x.shape == old.shape:
-            found[k] = _rows(x, new.detach() if k == "ema" else torch.zeros_like(new), rows)
+            result[k] = _rows(x, new.detach() if k == "ema" else torch.zeros_like(new), rows)
     for name, start in fresh.items():
-        x = held.get(name)
+        x = moments.get(name)
         if x is None:
-            found[name] = start
+            result[name] = start
         elif x.shape == start.shape and not (x.ndim and len(x) == len(old)):
-            found[name] = x
+            result[name] = x
         elif x.ndim and start.ndim and len(x) == len(old) and x.shape[1:] == start.shape[1:]:
-            found[name] = _rows(x, start, rows)
+            result[name] = _rows(x, start, rows)
         else:
-            found[name] = start
-    return found
+            result[name] = start
+    return result
 
 
 def _rows(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ def _rotated_back(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     q = entries.get("Q_0")
     if q is None or "GG_0" not in entries or q.ndim != 2:
         return dict(entries)
-    found = dict(entries)
+    rotated = dict(entries)
     for name, basis in (("exp_avg", q), ("exp_avg_sq", q.square())):
         x = entries.get(name)
         if x is not None and x.ndim and len(x) == len(q):
-            found[name] = (basis.to(x.dtype) @ x.reshape(len(x), -1)).reshape(x.shape)
-    return found
+            rotated[name] = (basis.to(x.dtype) @ x.reshape(len(x), -1)).reshape(x.shape)
+    return rotated

@@ -50,12 +50,12 @@ def units(
     double: bool,
     together: bool,
     nonfinite: str,
-    held: Mapping[str, Mapping[str, Any]] | None = None,
+    stored: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Unit]:
     """Units for the leaves of a param group, of which some are DTensors.
 
     transform: makes one of the group. double, nonfinite: see `Unit`. together: as few units as can be, or one for each
-    leaf. held: state by path, where small leaves may be joined.
+    leaf. stored: state by path, where small leaves may be joined.
     """
     for k, p in leaves:
         if is_sharded(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
@@ -66,10 +66,10 @@ def units(
         parts = _parted(leaves, lambda p: p.device) if together else [[leaf] for leaf in leaves]
         return [GatheredUnit(transform(), Leaves(part), double, nonfinite) for part in parts]
     if tx.elementwise and nonfinite != "skip_leaf":  # that takes a look at whole leaves; so does rounding
-        here = [(k, p) for k, p in leaves if compute_dtype(p) == p.dtype]
+        elementwise = [(k, p) for k, p in leaves if compute_dtype(p) == p.dtype]
         rest = [(k, p) for k, p in leaves if compute_dtype(p) != p.dtype]
-        parts = _parted(here, lambda p: p.device) if together else [[leaf] for leaf in here]
-        made += [LocalUnit(transform(), Leaves(part), double, nonfinite, held) for part in parts]
+        parts = _parted(elementwise, lambda p: p.device) if together else [[leaf] for leaf in elementwise]
+        made += [LocalUnit(transform(), Leaves(part), double, nonfinite, stored) for part in parts]
     for part in _parted(rest, lambda p: (p.device, p.device_mesh if is_sharded(p) else None)):
         parts = [part] if together else [[leaf] for leaf in part]
         if not is_sharded(part[0][1]):
@@ -112,9 +112,11 @@ def agree_on_gradients(named: Sequence[tuple[str, Tensor]]) -> None:
         extremes = torch.tensor([hashed, -hashed], device=mesh.device_type)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
         if extremes[0] != -extremes[1]:
-            every: list[Any] = [None] * len(ranks.coordinates)
-            dist.all_gather_object(every, there, group=ranks.group)
-            k, flags = next((k, x) for (k, _), x in zip(leaves, zip(*every, strict=True), strict=True) if len({*x}) > 1)
+            by_rank: list[Any] = [None] * len(ranks.coordinates)
+            dist.all_gather_object(by_rank, there, group=ranks.group)
+            k, flags = next(
+                (k, x) for (k, _), x in zip(leaves, zip(*by_rank, strict=True), strict=True) if len({*x}) > 1
+            )
             raise RuntimeError(
                 f"params[{k!r}] has a gradient on {flags.count('1')} of {len(flags)} ranks: expected all or none"
             )
@@ -129,19 +131,19 @@ class LocalUnit(ShardedUnit):
         leaves: Leaves,
         double: bool,
         nonfinite: str,
-        held: Mapping[str, Mapping[str, Any]] | None,
+        stored: Mapping[str, Mapping[str, Any]] | None,
     ) -> None:
         stand_ins = Leaves({k: local(p.detach()) if is_sharded(p) else p for k, p in leaves.items()})
         joined: list[Joined] = []
-        if held is not None:
+        if stored is not None:
             with _gradients(leaves, stand_ins.values()):
-                joined = joins(stand_ins, held)
+                joined = joins(stand_ins, stored)
         super().__init__(transform, stand_ins, leaves, double, nonfinite, joined)
         self.entries = {k: dict(entries) for k, entries in self.views.items()}
         for (k, p), stand_in in zip(leaves.items(), self.params, strict=True):
             if is_sharded(p) and p.ndim:
-                here = {n: x for n, x in self.views[k].items() if x.shape == stand_in.shape}
-                self.entries[k].update({n: as_shard(x, p) for n, x in here.items()})
+                shards = {n: x for n, x in self.views[k].items() if x.shape == stand_in.shape}
+                self.entries[k].update({n: as_shard(x, p) for n, x in shards.items()})
 
     def step(
         self, refresh: Any, products: Sequence[Tensor] | None, compile_step: bool = True, rehearse: bool = False

@@ -42,23 +42,23 @@ class ShardedUnit(Unit):
         super().__init__(transform, stand_ins, double, joined, nonfinite)
         self.views = self.entries
         self.parameters = dict(parameters)
-        self.held: dict[str, dict[str, Any]] = {}  # the parameters' dicts
+        self.dicts: dict[str, dict[str, Any]] = {}  # the parameters' dicts
         self._shown_at: dict[str, dict[str, tuple[Any, int]]] = {}  # the entries there, and where their memory is
         self.collected: dict[str, Tensor] | None = None  # products, once all is collected for a step
 
     def settle(self, dicts: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
-        self.held = {k: d for k, (_, d) in dicts.items()}
+        self.dicts = {k: d for k, (_, d) in dicts.items()}
         self._shown_at = {k: {n: (x, _address(x)) for n, x in entries.items()} for k, entries in self.entries.items()}
 
     def intact(self, states: Sequence[Mapping[str, Any]]) -> bool:
         alive = set(map(id, states))
         return all(
-            id(self.held[k]) in alive
-            and all(self.held[k].get(n) is x and _address(x) == at for n, (x, at) in entries.items())
+            id(self.dicts[k]) in alive
+            and all(self.dicts[k].get(n) is x and _address(x) == at for n, (x, at) in entries.items())
             for k, entries in self._shown_at.items()
         ) and all(join.agree() for join in self.joined)
 
-    def renew(self, held: Mapping[str, Mapping[str, Any]]) -> None:
+    def renew(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
         return None
 
     def _drop(self) -> None:

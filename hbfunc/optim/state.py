@@ -32,12 +32,12 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
     shares with others (a key). What it sees does not depend on which others there are, so checkpoints fit with and
     without foreach.
     """
-    found = located(state, layout, paths)
+    rows = located(state, layout, paths)
     owners: dict[tuple[str, Place], set[Place]] = defaultdict(set)
-    for name, path, _ in found:
+    for name, path, _ in rows:
         owners[path, _short(name)].add(name)
     views: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
-    for name, path, view in found:
+    for name, path, view in rows:
         short = _short(name)
         plain = len(owners[path, short]) == 1 and short[-1] not in EMA
         full = ("transform", *name) if name[0] in EMA else name
@@ -52,7 +52,7 @@ def _short(name: Place) -> Place:
 
 def located(state: State, layout: Layout, paths: list[str]) -> list[tuple[Place, str, Tensor]]:
     """What `per_parameter` shows, as (place of the dict, or of the tensor where this has several; path; view)."""
-    found: list[tuple[Place, str, Tensor]] = []  # name, path, view
+    views: list[tuple[Place, str, Tensor]] = []  # name, path, view
     known = set(paths)
     for place, value in places(state):
         rows = rows_of(layout, place)
@@ -60,12 +60,12 @@ def located(state: State, layout: Layout, paths: list[str]) -> list[tuple[Place,
             for path in dict.fromkeys(rows):
                 first, count = rows.index(path), rows.count(path)
                 name = place[:-1] if _buckets(layout, place, path) == 1 else place
-                found.append((name, path, value[first] if count == 1 else value[first : first + count]))
+                views.append((name, path, value[first] if count == 1 else value[first : first + count]))
         elif by_leaf(value_at(state, place[:-1]), known):
-            found.append((place[:-1], place[-1], value))
+            views.append((place[:-1], place[-1], value))
         else:
-            found += [(place, path, value) for path in _sharing(value_at(state, place[:-1]), paths)]
-    return found
+            views += [(place, path, value) for path in _sharing(value_at(state, place[:-1]), paths)]
+    return views
 
 
 def by_leaf(node: Mapping[str, Any], paths: Collection[str]) -> bool:
@@ -108,15 +108,15 @@ def fitting(entries: Mapping[str, Any], view: Mapping[str, Tensor]) -> dict[str,
     Names may differ in the transforms' names in front, where other options made them ambiguous, and those of stacks in
     their dtype. Whatever else there is belongs to others.
     """
-    found = {name: name for name in view if name in entries}
+    matched = {name: name for name in view if name in entries}
     rest = [other for other in entries if other not in view and isinstance(other, str)]
     for same in (_matches, lambda a, b: _DTYPE.sub("", a) == _DTYPE.sub("", b)):
-        for name in [name for name in view if name not in found]:
+        for name in [name for name in view if name not in matched]:
             candidates = [other for other in rest if same(name, other)]
             if candidates:  # of several the first, as of a rule and what comes behind it
                 rest.remove(candidates[0])
-                found[name] = candidates[0]
-    return found
+                matched[name] = candidates[0]
+    return matched
 
 
 def _matches(a: str, b: str) -> bool:

@@ -82,11 +82,11 @@ class UnitState:
         self.layout = layout = {} if self.transform.layout is None else self.transform.layout(leaves)
         views = guard.views(state, layout, self.flat_paths, self.nonfinite)
         self.empty = tuple(empty_places(state))
-        found = dict(hyper_places(state))
-        agreed = found.pop(guard.AGREED) if self.nonfinite == "skip" else None
+        hyper = dict(hyper_places(state))
+        agreed = hyper.pop(guard.AGREED) if self.nonfinite == "skip" else None
         if not self.hyper:
             self.agreed = agreed
-            self.hyper = {k: x.double() if self.double and x.is_floating_point() else x for k, x in found.items()}
+            self.hyper = {k: x.double() if self.double and x.is_floating_point() else x for k, x in hyper.items()}
         state_tensors = dict(places(state))
         flat = {join.path for join in self.joined}
         everywhere = {id(x) for place, x in state_tensors.items() if place[-1] not in flat}
@@ -109,17 +109,17 @@ class UnitState:
 
     def buffers(self) -> list[Tensor]:
         """The same without the places. The state's are there while the unit is `intact`."""
-        found: list[Any] = self._tensors or [x() for x in self._refs]
-        return [*found, *self._own]
+        buffers: list[Any] = self._tensors or [x() for x in self._refs]
+        return [*buffers, *self._own]
 
     def settle(self, dicts: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
         """The entries are now in these dicts, each with its number in the optimizer's state, and belong to them."""
-        self._numbers, held = [dicts[k][0] for k in self.paths], [dicts[k][1] for k in self.paths]
-        self._ids = list(map(id, held))
+        self._numbers, entries_of = [dicts[k][0] for k in self.paths], [dicts[k][1] for k in self.paths]
+        self._ids = list(map(id, entries_of))
         names = dict.fromkeys(n for entries in self.entries.values() for n in entries)
         having = {n: [i for i, k in enumerate(self.paths) if n in self.entries[k]] for n in names}
         fake = any(isinstance(x, FakeTensor) for x in self._tensors)  # which has no address
-        self._shown = [] if fake else [(n, i, [_address(held[j][n]) for j in i]) for n, i in having.items()]
+        self._shown = [] if fake else [(n, i, [_address(entries_of[j][n]) for j in i]) for n, i in having.items()]
         shown = {id(x) for entries in self.entries.values() for x in entries.values()}
         self._refs = [ref(x) if id(x) in shown | self._parted else partial(_same, x) for x in self._tensors]
         self._forms = {id(x): _form(x) for x in self._tensors if id(x) in shown}
@@ -152,37 +152,37 @@ class UnitState:
                 self._shown[i] = n, having, now
         return True
 
-    def renew(self, held: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]] | None:
+    def renew(self, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]] | None:
         """Start anew from what `state[p]` holds, with the graphs that there are: as `take`, or None where units have to
         be made anew, because leaves that are joined differ."""
-        if not all(join.alike(held) for join in self.joined):
+        if not all(join.alike(stored) for join in self.joined):
             return None
         self.start()
         self.counts, self.counted, self.skeleton, self.schedule = [], None, None, None
-        return self.take(held)
+        return self.take(stored)
 
-    def take(self, held: Mapping[str, Mapping[str, Any]], loaded: bool = False) -> dict[str, set[str]]:
+    def take(self, stored: Mapping[str, Mapping[str, Any]], loaded: bool = False) -> dict[str, set[str]]:
         """Adopt values from what `state[p]` holds, by path; the names that were the rule's are returned.
 
         What is missing stays fresh, and what is not the rule's is left alone. loaded: from a checkpoint, whose
         parameters have all of the rule's entries or none.
         """
         expected = self.expecting()
-        names = {k: fitting(entries, expected[k]) for k, entries in held.items()}
+        names = {k: fitting(entries, expected[k]) for k, entries in stored.items()}
         values: dict[str, dict[str, Any]] = {}
-        for k, found in names.items():
+        for k, own_names in names.items():
             values[k] = {
-                n: held[k][there] if expected[k][n].ndim else number_as_tensor(held[k][there])
-                for n, there in found.items()
+                n: stored[k][there] if expected[k][n].ndim else number_as_tensor(stored[k][there])
+                for n, there in own_names.items()
             }
             if loaded:
-                check_whole(k, found, expected[k], [n for n in guard.COUNTERS if n in expected[k]][-1:])
+                check_whole(k, own_names, expected[k], [n for n in guard.COUNTERS if n in expected[k]][-1:])
             else:
                 _check_private(k, values[k])
         self.adopt(values)
         for join in self.joined:
             join.gather_scalars()
-        return {k: set(found.values()) for k, found in names.items()}
+        return {k: set(own_names.values()) for k, own_names in names.items()}
 
     def expecting(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What `state[p]` looks like, by path."""

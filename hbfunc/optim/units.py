@@ -103,10 +103,10 @@ class UnitsOfGroups(ParamGroups):
         if not moved:
             return units
         owners = self._owners(index, group)
-        held = {k: self._held(self.state[p]) for k, p in owners.items() if p in self.state}
+        stored = {k: self._rule_entries(self.state[p]) for k, p in owners.items() if p in self.state}
         for unit in moved:
             try:
-                taken = unit.renew({k: held[k] for k in unit.parameters if k in held})
+                taken = unit.renew({k: stored[k] for k in unit.parameters if k in stored})
             except BaseException:
                 del self._units[index]
                 raise
@@ -136,7 +136,7 @@ class UnitsOfGroups(ParamGroups):
         return {names[id(p)]: p for p in self.members(group)}
 
     @staticmethod
-    def _held(state: Mapping[str, Any]) -> dict[str, Any]:
+    def _rule_entries(state: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a parameter that are not the class's own."""
         return {n: x for n, x in state.items() if n not in EMA}
 
@@ -151,16 +151,16 @@ class UnitsOfGroups(ParamGroups):
         checkpoint.
         """
         self._check_whole(index)
-        every = self._owners(index, group)
-        owners = {k: p for k, p in every.items() if only is None or id(p) in only}
+        owners_of_all = self._owners(index, group)
+        owners = {k: p for k, p in owners_of_all.items() if only is None or id(p) in only}
         elementwise = self.transform(group).elementwise
         for k, p in owners.items():
             check_dtype(k, p, elementwise)
         leaves = sorted((k, self._leaf(p)) for k, p in owners.items())
-        double = any(self._leaf(p).dtype == torch.float64 for p in every.values())
-        held = {k: self._held(self.state[p]) for k, p in owners.items() if p in self.state}
+        double = any(self._leaf(p).dtype == torch.float64 for p in owners_of_all.values())
+        stored = {k: self._rule_entries(self.state[p]) for k, p in owners.items() if p in self.state}
         if any(is_sharded(p) for _, p in leaves):
-            make, joining = partial(self.transform, group), None if index in self._apart else held
+            make, joining = partial(self.transform, group), None if index in self._apart else stored
             units = sharded.units(make, leaves, double, group["foreach"], group["nonfinite"], joining)
         else:
             devices = dict.fromkeys(p.device for _, p in leaves)  # tensors of one graph are on one device
@@ -172,18 +172,18 @@ class UnitsOfGroups(ParamGroups):
             ]
             if not group["foreach"]:
                 parts = [[leaf] for leaf in leaves]
-            units = [self._unit(group, Leaves(part), double, held, index) for part in parts]
+            units = [self._unit(group, Leaves(part), double, stored, index) for part in parts]
         for unit in units:
             unit.varied = index in self._apart
             unit.rule = self.rule(group, unit)
-        taken = [unit.take({k: held[k] for k in unit.parameters if k in held}, loaded) for unit in units]
+        taken = [unit.take({k: stored[k] for k in unit.parameters if k in stored}, loaded) for unit in units]
         self._show(list(zip(units, taken, strict=True)), owners)
         return units
 
-    def _unit(self, group: dict[str, Any], leaves: Leaves, double: bool, held: dict[str, Any], index: int) -> Unit:
+    def _unit(self, group: dict[str, Any], leaves: Leaves, double: bool, stored: dict[str, Any], index: int) -> Unit:
         tx, policy = self.transform(group), group["nonfinite"]
         apart = index in self._apart or not tx.elementwise or policy == "skip_leaf"
-        return Unit(tx, leaves, double, [] if apart else joins(leaves, held), policy)
+        return Unit(tx, leaves, double, [] if apart else joins(leaves, stored), policy)
 
     def _show(self, units: Iterable[tuple[Unit, dict[str, set[str]]]], owners: Mapping[str, Tensor]) -> None:
         """Put the entries of units into `state`, in place of those that they took and of what the rule had before."""
@@ -221,25 +221,25 @@ class UnitsOfGroups(ParamGroups):
         def wanted(n: str) -> bool:
             return names is None or str(n).rpartition(".")[2] in names
 
-        every = [unit for _, found in self._units.values() for unit in found] if units is None else units
+        chosen = [unit for _, of_group in self._units.values() for unit in of_group] if units is None else units
         shards: dict[Tensor, dict[str, Any]] = {}
-        for unit in every:
+        for unit in chosen:
             if isinstance(unit, sharded.OwnedUnit):
                 entries = unit.presented(wanted)
                 for k, p in unit.parameters.items():
-                    if self.state.get(p) is unit.held.get(k):
-                        rest = {n: x for n, x in unit.held[k].items() if n not in unit.expected[k] and wanted(n)}
+                    if self.state.get(p) is unit.dicts.get(k):
+                        rest = {n: x for n, x in unit.dicts[k].items() if n not in unit.expected[k] and wanted(n)}
                         shards[p] = {**entries[k], **rest}
         return shards
 
     @contextmanager
     def _showing_all(self) -> Iterator[None]:
-        held = self.state
-        self.state = defaultdict(dict, {**held, **self._presented()})
+        state = self.state
+        self.state = defaultdict(dict, {**state, **self._presented()})
         try:
             yield
         finally:
-            self.state = held
+            self.state = state
 
 
 def forms_of(tensors: Sequence[Tensor]) -> Forms:
@@ -252,11 +252,11 @@ def turns(params: Sequence[Tensor]) -> tuple[int, ...]:
     if len(set(places)) == len(places):
         return (0,) * len(places)
     seen: Counter[Any] = Counter()
-    found = []
+    turns_of = []
     for place in places:
-        found.append(seen[place])
+        turns_of.append(seen[place])
         seen[place] += 1
-    return tuple(found)
+    return tuple(turns_of)
 
 
 def _place(p: Tensor) -> Any:

@@ -136,8 +136,8 @@ class RecipeOptimizer(BaseOpt):
             for k, v in options.items()
             if k not in unit.names.values()
         }
-        found = type(self).recipe, group["nonfinite"], tuple([(k, type(v), v) for k, v in sorted(fixed.items())])
-        return None if any(isinstance(v, Tensor) for v in fixed.values()) or not _hashable(found) else found
+        rule = type(self).recipe, group["nonfinite"], tuple([(k, type(v), v) for k, v in sorted(fixed.items())])
+        return None if any(isinstance(v, Tensor) for v in fixed.values()) or not _hashable(rule) else rule
 
 
 def _signature(cls: type[RecipeOptimizer]) -> inspect.Signature:

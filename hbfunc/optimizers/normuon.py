@@ -51,9 +51,9 @@ def scale_by_normuon(beta2: Number = 0.95, method: str = "newtonschulz") -> Tran
         count = increment(state["count"], updates)
         planned = plan(params)
         rows = {n: buckets.present(b, updates) for n, b in planned.items()}
-        here = {n: b for n, b in planned.items() if rows[n] != ()}
+        active = {n: b for n, b in planned.items() if rows[n] != ()}
         moved, row_sq = {}, {}
-        for name, bucket in here.items():
+        for name, bucket in active.items():
             t = torch.stack([count[path] for path in bucket.paths if path in updates]).to(torch.float64)
             o = polar.orthogonalize(buckets.stack(bucket, updates), method)
             old = take(state["row_sq"][name], rows[name])
@@ -62,7 +62,7 @@ def scale_by_normuon(beta2: Number = 0.95, method: str = "newtonschulz") -> Tran
             row_sq[name] = put(state["row_sq"][name], rows[name], v)
             scaled = o / (v.sqrt() + _EPS).unsqueeze(-1)
             moved[name] = scaled * (_norm(o) / _norm(scaled)) * shape_scale(*bucket.shape)
-        return {**updates, **buckets.unstack(here, moved, updates)}, kept(state, count=count, row_sq=row_sq)
+        return {**updates, **buckets.unstack(active, moved, updates)}, kept(state, count=count, row_sq=row_sq)
 
     def places(params: Flat) -> Layout:
         return layout(plan(params), lambda name: ["row_sq"])

@@ -93,13 +93,13 @@ def step_by_prodigy(
         sums = {**state["grad_sum"], **s}
         total = torch.stack([x.abs().sum().to(known) for x in sums.values()]).sum()
         gained = torch.stack([x.to(known) for x in {**state["numerator"], **r}.values()]).sum()
-        found = torch.where(total > 0, in_dtype_of(known, d_coef) * gained / torch.where(total > 0, total, 1), 0)
+        estimate = torch.where(total > 0, in_dtype_of(known, d_coef) * gained / torch.where(total > 0, total, 1), 0)
         if growth_rate is not None:
-            found = torch.where(d == first, found, torch.minimum(found, d * in_dtype_of(known, growth_rate)))
+            estimate = torch.where(d == first, estimate, torch.minimum(estimate, d * in_dtype_of(known, growth_rate)))
         given = {need: () if need == "steps" else extras[need] for need in behind.needs}
         directions, behind_state = behind.update(state.get("behind", {}), directions, params, **given)
         new = kept(state, count=t, exp_avg=m, exp_avg_sq=v, grad_sum=s, numerator=r, start=start)
-        new |= {"d": torch.maximum(d, found), **({"behind": behind_state} if behind_state else {})}
+        new |= {"d": torch.maximum(d, estimate), **({"behind": behind_state} if behind_state else {})}
         return {k: -scales[k] * u for k, u in directions.items()}, new
 
     needs = tuple(sorted({*behind.needs, "rate", "steps"}))

@@ -37,8 +37,8 @@ def train(task: Task, entry: Entry, plan: Plan, tick: Callable[[int], object] = 
     """As `hbfunc.race.train.train`, on all ranks."""
     with torch.device("meta"):
         structure = task.build()
-    every = max(1, plan.steps // EVALUATIONS)
-    steps = [t for t in range(1, plan.steps + 1) if t % every == 0 or t == plan.steps]
+    interval = max(1, plan.steps // EVALUATIONS)
+    steps = [t for t in range(1, plan.steps + 1) if t % interval == 0 or t == plan.steps]
     scores = torch.full((len(steps), len(plan.lrs), plan.repeats), torch.nan)
     mode, utils.compile_mode = utils.compile_mode, utils.compile_mode if plan.compile else None
     seconds = 0.0

@@ -129,27 +129,27 @@ def _by_path(state: dict[str, Any], columns: Mapping[str, Tensor]) -> dict[str, 
         if "." in name:
             places = links.named(state, name)
             if len(places) != 1:
-                found = ", ".join("/".join(place) for place in places) or "none there"
+                where = ", ".join("/".join(place) for place in places) or "none there"
                 raise ValueError(
-                    f"design has a column {name!r}: expected one hyperparameter of that name, found {found}"
+                    f"design has a column {name!r}: expected one hyperparameter of that name, found {where}"
                 )
             state = replaced(state, {places[0]: value.to(value_at(state, places[0]))})
     return state
 
 
-def _linked(found: links.Links, state: dict[str, Any], columns: Mapping[str, Tensor]) -> links.Links:
+def _linked(known: links.Links, state: dict[str, Any], columns: Mapping[str, Tensor]) -> links.Links:
     """The links, with those of the columns that have dots in their names."""
     for name in columns:
         if "." in name:
             place = links.named(state, name)[0]
-            other = [column for column, places in found["copies"].items() if place in places]
-            other += found["computed"].get(place, {})
+            other = [column for column, places in known["copies"].items() if place in places]
+            other += known["computed"].get(place, {})
             if other:
                 raise ValueError(f"design has columns {name!r} and {other[0]!r} for one hyperparameter: expected one")
-            if place in found["spent"]:
+            if place in known["spent"]:
                 raise ValueError(f"design has a column {name!r}, which `init` uses: expected an argument of tx for it")
-            found["copies"][name] = {place: {}}
-    return found
+            known["copies"][name] = {place: {}}
+    return known
 
 
 def _spread(what: str, tree: Tree, k: int, stacked: bool) -> Tree:
@@ -163,13 +163,13 @@ def _spread(what: str, tree: Tree, k: int, stacked: bool) -> Tree:
 def _structural(build: Callable[[Mapping[str, Any]], Transform], columns: dict[str, Tensor]) -> str:
     """Names of the columns that the factory cannot take as tensors, tried one at a time."""
     numbers = {name: v[0].item() for name, v in columns.items()}
-    found = []
+    structural = []
     for name, values in columns.items():
         try:
             torch.vmap(lambda v, name=name: (build({**numbers, name: v}), v)[1])(values)
         except RuntimeError:
-            found.append(repr(name))
-    return ", ".join(found) or "a hyperparameter"
+            structural.append(repr(name))
+    return ", ".join(structural) or "a hyperparameter"
 
 
 def vectorize(

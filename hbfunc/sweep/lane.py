@@ -142,11 +142,11 @@ def _place(lane: Lane, name: str) -> tuple[str, ...]:
     """The keys that lead to a hyperparameter."""
     if name in lane["design"]:
         return "design", name
-    found = [("state", *place) for place in links.named(lane["state"], name)]
-    if len(found) != 1:
-        where = ", ".join("/".join(p) for p in found) or "neither the state nor the design"
+    places = [("state", *place) for place in links.named(lane["state"], name)]
+    if len(places) != 1:
+        where = ", ".join("/".join(p) for p in places) or "neither the state nor the design"
         raise KeyError(f"hyperparameter {name!r}: expected it in one place, found it in {where}")
-    return found[0]
+    return places[0]
 
 
 def _computed_anew(lane: Lane) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def find(build: Callable[[Mapping[str, Any]], Transform], columns: Mapping[str, 
     suspects: list[Any] = [name for name, x in columns.items() if id(x) in used]
     suspects += [place for place, x in hypers.items() if id(x) in used]
     live = _live(build, columns, params, state, computed) if set(suspects) - {"seed"} else set()
-    live |= {name for name, found in copies.items() if live.intersection(found)}
+    live |= {name for name, places_of in copies.items() if live.intersection(places_of)}
     return {"copies": copies, "computed": computed, "spent": {k: {} for k in suspects if k not in live}}
 
 
@@ -94,14 +94,14 @@ class _Trace(TorchFunctionMode):
 
     def sources(self, x: Tensor) -> set[int]:
         """The ids of all tensors that x was computed from, its own among them."""
-        found: set[int] = set()
+        sources: set[int] = set()
         todo = [x]
         while todo:
             x = todo.pop()
-            if id(x) not in found:
-                found.add(id(x))
+            if id(x) not in sources:
+                sources.add(id(x))
                 todo += self.inputs.get(id(x), [])
-        return found
+        return sources
 
     def copied(self, x: Tensor) -> Tensor:
         """The tensor that x is a copy, of a copy, of."""
@@ -114,6 +114,6 @@ def named(state: State, name: str) -> list[Place]:
     """The places of the hyperparameters called so: "lr", "matrices.lr", or as much of the path as it takes."""
     short = hyper_names(dict(hyper_places(state)))
     full = {place: ".".join(key for key in place if key not in ("hyper", "inner")) for place in short}
-    found = [place for place, path in full.items() if path == name or path.endswith(f".{name}")]
-    exact = [place for place in found if short[place] == name]
-    return exact if len(exact) == 1 else found
+    matching = [place for place, path in full.items() if path == name or path.endswith(f".{name}")]
+    exact = [place for place in matching if short[place] == name]
+    return exact if len(exact) == 1 else matching

@@ -74,10 +74,10 @@ def functional(module: nn.Module) -> Functional:
 def _check(module: nn.Module) -> None:
     """Raise ValueError for the first layer that cannot be mapped over lanes, with what to do about it."""
     for name, child in module.named_modules():
-        here = f"layer {name!r}" if name else "the module"
+        where = f"layer {name!r}" if name else "the module"
         drops = getattr(child, "dropout", None)
         if isinstance(child, nn.RReLU):
-            raise ValueError(f"{here} is RReLU, which torch does not map, in eval mode either: put nn.LeakyReLU there")
+            raise ValueError(f"{where} is RReLU, which torch does not map, in eval mode either: put nn.LeakyReLU there")
         if not child.training:
             continue
         if isinstance(child, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and child.p:
@@ -88,13 +88,13 @@ def _check(module: nn.Module) -> None:
             if not child.track_running_stats:
                 continue
             raise ValueError(
-                f"{here} is {type(child).__name__}(momentum=None), whose average looks at the number of batches as a "
+                f"{where} is {type(child).__name__}(momentum=None), whose average looks at the number of batches as a "
                 "Python number: set its momentum to a number, such as 0.1"
             )
         else:
             continue
         raise ValueError(
-            f"{here} is {type(child).__name__}, which draws from torch's global generator in train mode: {hint}, or "
+            f"{where} is {type(child).__name__}, which draws from torch's global generator in train mode: {hint}, or "
             "call eval() on it"
         )
 

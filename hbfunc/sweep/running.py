@@ -103,9 +103,9 @@ def stream(
 
         rows = torch.arange(lanes) % k
         begun = begin(rows)
-        held = sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(begun))
+        lanes_bytes = sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(begun))
         kinds = {at(t) for t in range(1, min(steps, 100) + 1)}
-        return held + max(memory.peak_bytes(partial(work, kind)) for kind in kinds)
+        return lanes_bytes + max(memory.peak_bytes(partial(work, kind)) for kind in kinds)
 
     def fitting() -> int:
         """How many lanes to train at once."""

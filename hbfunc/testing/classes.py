@@ -231,13 +231,13 @@ def _params(optimizer: Any) -> list[dict[str, Tensor]]:
 
 def _gradients(optimizer: Any, t: int) -> dict[str, Tensor | None]:
     """Sets those of step t, and returns them: frozen parameters have none, others now and then, and at first."""
-    found: dict[str, Tensor | None] = {}
+    grads: dict[str, Tensor | None] = {}
     for i, (k, p) in enumerate((k, p) for params in _params(optimizer) for k, p in params.items()):
         draw = torch.Generator().manual_seed(1000 * t + i)
         absent = not p.requires_grad or (t + i) % 5 == 0 or (t < 4 and i % 4 == 1)
-        found[k] = None if absent else torch.randn(p.shape, generator=draw).to(p.dtype)
-        p.grad = None if absent else found[k].clone()  # type: ignore[union-attr]
-    return found
+        grads[k] = None if absent else torch.randn(p.shape, generator=draw).to(p.dtype)
+        p.grad = None if absent else grads[k].clone()  # type: ignore[union-attr]
+    return grads
 
 
 def _train(optimizer: Any, steps: range) -> None:

@@ -261,8 +261,8 @@ def passes_over_missing_gradients(case: Case) -> None:
             updates, after = case.update(state, grads, params, t)
             where = f"gradient of {', '.join(map(repr, missing))} missing at step {t}"
             for k in params:
-                here = updates[k] is not None and not (every_call and k in missing)
-                assert here == (k not in missing), f"{where}: updates[{k!r}] is {updates[k]}"
+                moves = updates[k] is not None and not (every_call and k in missing)
+                assert moves == (k not in missing), f"{where}: updates[{k!r}] is {updates[k]}"
             owned, owned_after = (owned_entries(case, s) for s in (state, after))
             for k in () if every_call else missing:
                 for entry, value in owned[k].items():

@@ -110,8 +110,8 @@ def scale_by_psgd(
         )
         many = make({k: p for k, p in params.items() if p.ndim >= min_ndim_triangular})
         few = make({k: p for k, p in params.items() if p.ndim < min_ndim_triangular})
-        found = {n: factors(b, params, memory_save_mode) for n, b in many.items()}
-        return found | {f"diagonal_{n}": factors(b, params, "all_diag") for n, b in few.items()}
+        planned = {n: factors(b, params, memory_save_mode) for n, b in many.items()}
+        return planned | {f"diagonal_{n}": factors(b, params, "all_diag") for n, b in few.items()}
 
     def factors(bucket: Bucket, params: Flat, mode: str | None) -> Factors:
         largest = max(range(len(bucket.shape)), key=lambda d: (bucket.shape[d], d))
@@ -143,19 +143,21 @@ def scale_by_psgd(
     ) -> tuple[dict[str, Tensor], State]:
         _check_extras(refresh, curvature, newton)
         count = increment(state["count"], updates)
-        every = plan(params)
-        rows = {n: buckets.present(f.bucket, updates) for n, f in every.items()}
-        here = {n: f for n, f in every.items() if rows[n] != ()}
-        if not here:
+        planned = plan(params)
+        rows = {n: buckets.present(f.bucket, updates) for n, f in planned.items()}
+        active = {n: f for n, f in planned.items() if rows[n] != ()}
+        if not active:
             return updates, kept(state, count=count)
-        paths = [path for f in here.values() for path in f.bucket.paths if path in updates]  # one per row of the stacks
+        paths = [
+            path for f in active.values() for path in f.bucket.paths if path in updates
+        ]  # one per row of the stacks
         leaves = list(dict.fromkeys(paths))
         t = torch.stack([count[path] for path in paths])
         due, progress = (t > 0, {}) if stochastic_schedule else reached(state, t, paths)
-        u = _stacks(here, updates)
+        u = _stacks(active, updates)
         kinds = [(tuple(updates[path].shape), updates[path].dtype) for path in leaves]
         stacked = [(tuple(x.shape), x.dtype) for x in u.values()]
-        old = {n: [take(state[field][n], rows[n]) for field in f.fields] for n, f in here.items()}
+        old = {n: [take(state[field][n], rows[n]) for field in f.fields] for n, f in active.items()}
 
         def fit(
             key: Tensor, keys: Tensor, lr: Tensor, t: Tensor, due: Tensor, balanced: Tensor, *stacks: Tensor
@@ -165,21 +167,21 @@ def scale_by_psgd(
             As they are kept, and as matrices, which are those of a fit in all rows.
             """
             rest = iter(stacks)
-            g = {} if newton else {n: next(rest) for n in here}
-            stored = _unflatten(rest, here)
+            g = {} if newton else {n: next(rest) for n in active}
+            stored = _unflatten(rest, active)
             if split or curvature is not None:
                 drawn = _normals(keys, [((1, *shape), dtype) for shape, dtype in kinds])
                 v = {path: x.squeeze(0) for path, x in zip(leaves, drawn, strict=True)}
                 if curvature is not None:
                     v, h = _products(curvature, v, params)
-                    g = _stacks(here, h)
-                w = _stacks(here, v)
+                    g = _stacks(active, h)
+                w = _stacks(active, v)
             else:
-                w = dict(zip(here, _normals(keys, stacked), strict=True))
+                w = dict(zip(active, _normals(keys, stacked), strict=True))
             rows = zip(*[x.split([len(x) for x in w.values()]) for x in (t, due, balanced)], strict=True)
             flat: list[Tensor] = []
             matrices: dict[str, list[Tensor]] = {}
-            for (n, f), (t_n, due_n, balanced_n) in zip(here.items(), rows, strict=True):
+            for (n, f), (t_n, due_n, balanced_n) in zip(active.items(), rows, strict=True):
                 qs = kron.fit(f.load(stored[n]), kron.damp(g[n], w[n]), w[n], lr)
                 early = f.low or f.cached  # what is rounded, or squared, is balanced before
                 qs = f.rounded(kron.balance(qs, where=balanced_n) if early else qs, key, t_n, updates)
@@ -198,27 +200,27 @@ def scale_by_psgd(
             words, keys = _draws(state["key"], t, leaves, count)
             if refresh is None and stochastic_schedule:
                 due = words[:, 0] < probability(t)
-            g = {} if newton else u if momentum_into_precond_update else _stacks(here, grads)
+            g = {} if newton else u if momentum_into_precond_update else _stacks(active, grads)
             # Blocks of one leaf are views of it, which a branch does not take.
             stacks = [*(x.clone() if split else x for x in g.values()), *(q for qs in old.values() for q in qs)]
             lr = torch.as_tensor(precond_lr, dtype=torch.float64, device=t.device)
             operands = [state["key"], keys, lr, t, due, words[:, 1] < _BALANCED, *stacks]
             if refresh:
                 flat, at_hand = fit(*operands)
-                new = _unflatten(flat, here)
+                new = _unflatten(flat, active)
             else:
                 chosen = branch(due.any(), lambda *x: fit(*x)[0], lambda *x: x[6 + len(g) :], operands)
-                new = _unflatten(chosen, here)
+                new = _unflatten(chosen, active)
         if delayed:
-            moved = {n: f.apply(old[n], u[n]) for n, f in here.items()}
+            moved = {n: f.apply(old[n], u[n]) for n, f in active.items()}
         else:
-            moved = {n: f.apply(new[n], u[n], at_hand.get(n)) for n, f in here.items()}
+            moved = {n: f.apply(new[n], u[n], at_hand.get(n)) for n, f in active.items()}
 
         fields: dict[str, dict[str, Tensor]] = {}
-        for n, f in here.items():
+        for n, f in active.items():
             for field, x in zip(f.fields, new[n], strict=True):
                 fields.setdefault(field, {})[n] = put(state[field][n], rows[n], x)
-        bucketed = {n: f.bucket for n, f in here.items()}
+        bucketed = {n: f.bucket for n, f in active.items()}
         return {**updates, **buckets.unstack(bucketed, moved, updates)}, kept(state, count=count, **progress, **fields)
 
     def probability(t: Tensor) -> Tensor:
@@ -281,8 +283,8 @@ class Factors(NamedTuple):
 
     def load(self, stored: Sequence[Tensor]) -> list[Tensor]:
         """The factors in the dtype of the computation, triangles as matrices."""
-        every = zip(stored, self.bucket.shape, self.triangular, strict=False)
-        return [(kron.unpack(q, n) if t and self.packed else q).to(self.dtype) for q, n, t in every]
+        factors = zip(stored, self.bucket.shape, self.triangular, strict=False)
+        return [(kron.unpack(q, n) if t and self.packed else q).to(self.dtype) for q, n, t in factors]
 
     def apply(self, stored: Sequence[Tensor], x: Tensor, qs: Sequence[Tensor] | None = None) -> Tensor:
         """kron(Q^T Q) x. qs: the factors in question, if they are at hand as matrices."""
@@ -393,13 +395,13 @@ def _products(
     return {k: probes[k].to(x.dtype) for k, x in v.items()}, {k: products[k] for k in v}
 
 
-def _stacks(here: Mapping[str, Factors], leaves: Flat) -> dict[str, Tensor]:
-    return {n: buckets.stack(f.bucket, leaves) for n, f in here.items()}
+def _stacks(active: Mapping[str, Factors], leaves: Flat) -> dict[str, Tensor]:
+    return {n: buckets.stack(f.bucket, leaves) for n, f in active.items()}
 
 
-def _unflatten(flat: Iterable[Tensor], here: Mapping[str, Factors]) -> dict[str, list[Tensor]]:
+def _unflatten(flat: Iterable[Tensor], active: Mapping[str, Factors]) -> dict[str, list[Tensor]]:
     rest = iter(flat)
-    return {n: [next(rest) for _ in f.fields] for n, f in here.items()}
+    return {n: [next(rest) for _ in f.fields] for n, f in active.items()}
 
 
 def _check_extras(refresh: Any, curvature: Curvature | None, newton: bool) -> None:

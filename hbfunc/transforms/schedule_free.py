@@ -130,12 +130,12 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _moved(state: State, params: Tree, beta1: Any, move: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tree:
-    found = dict(_leaves(state, None))
-    if not found:
+    averages = dict(_leaves(state, None))
+    if not averages:
         raise ValueError("state holds no Schedule-Free average: expected the state of sfadamw or of schedule_free")
     flat, back = flat_params(params, elementwise=True)
     moved = dict(flat)
-    for k, (z, known) in found.items():
+    for k, (z, known) in averages.items():
         if k not in flat:
             continue
         weight = known if beta1 is None else beta1

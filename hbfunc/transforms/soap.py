@@ -125,16 +125,16 @@ def scale_by_soap(
         count = increment(state["count"], updates)
         planned = plan(params)
         rows = {n: buckets.present(b, updates) for n, b in planned.items()}
-        here = {n: b for n, b in planned.items() if rows[n] != ()}
-        if not here:
+        active = {n: b for n, b in planned.items() if rows[n] != ()}
+        if not active:
             return updates, kept(state, count=count)
-        t = torch.stack([count[path] for b in here.values() for path in b.paths if path in updates])
+        t = torch.stack([count[path] for b in active.values() for path in b.paths if path in updates])
         kinds = [key for key, x in state.items() if isinstance(x, dict) and key != "count"]
-        stacks = {n: {key: take(state[key][n], rows[n]) for key in kinds if n in state[key]} for n in here}
+        stacks = {n: {key: take(state[key][n], rows[n]) for key in kinds if n in state[key]} for n in active}
         scalars = _scalars(t, stacks, beta1, beta2, shampoo_beta, correct_bias)
 
         steps = {}
-        for name, bucket in here.items():
+        for name, bucket in active.items():
             x, s, (moves, w1, w2, w3) = buckets.stack(bucket, updates), stacks[name], scalars[name]
             if refresh == "first":
                 steps[name] = torch.zeros_like(x)
@@ -156,7 +156,7 @@ def scale_by_soap(
             rule = first if refresh == "first" else again
             stacks = {n: {**s, **rule(s)} for n, s in stacks.items()}
 
-        stepped = {**updates, **buckets.unstack(here, steps, updates)}
+        stepped = {**updates, **buckets.unstack(active, steps, updates)}
         if normalize_grads:
             stepped = {k: _normalized(x) for k, x in stepped.items()}
         return stepped, kept(state, count=count, **_put(state, stacks, rows))
@@ -320,11 +320,11 @@ def _normalized(u: Tensor) -> Tensor:
 
 def _put(state: State, new: dict[str, Stacks], rows: dict[str, Rows]) -> dict[str, Stacks]:
     """By state key and bucket: the stacks, and the old rows where they have none."""
-    found: dict[str, Stacks] = {}
+    stacks: dict[str, Stacks] = {}
     for name, s in new.items():
         for key, x in s.items():
-            found.setdefault(key, {})[name] = x if rows[name] is None else put(state[key][name], rows[name], x)
-    return found
+            stacks.setdefault(key, {})[name] = x if rows[name] is None else put(state[key][name], rows[name], x)
+    return stacks
 
 
 def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, inner: str, scheduler: Any) -> None:
