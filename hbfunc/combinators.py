@@ -101,7 +101,7 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
     def tensor(value: float | Tensor, params: Leaves) -> Tensor:
         double = any(p.dtype == torch.float64 for p in params.values())
         device = next((p.device for p in params.values()), None)
-        return _number(value, torch.float64 if double else torch.float32, device)
+        return _as_tensor(value, torch.float64 if double else torch.float32, device)
 
     def split(state: State) -> tuple[dict[str, Tensor | None], dict[str, Any], State]:
         """The numbers of a state, what else is beside them, and the inner transform's state."""
@@ -169,7 +169,7 @@ def _apart(state: State) -> tuple[State, dict[str, Any]]:
     return {k: v for k, v in state.items() if k != "hyper"}, hyper
 
 
-def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=dtype, device=device)
     return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)

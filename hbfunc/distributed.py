@@ -23,7 +23,7 @@ from hbfunc.exchange import (
     Exchange,
     Spec,
     as_shard,
-    block,
+    box,
     cost,
     dtensor,
     is_sharded,
@@ -111,7 +111,7 @@ class _Plan:
         for place, paths in self.rows.items():
             at: list[int] = []
             for rank, coordinate in enumerate(self.ranks.coordinates):
-                at += [rank] * block((len(paths),), rows_first, self.ranks.sizes, coordinate).sizes[0]
+                at += [rank] * box((len(paths),), rows_first, self.ranks.sizes, coordinate).sizes[0]
             for path, rank in zip(paths, at, strict=True):
                 if owner_of.setdefault(path, rank) != rank:
                     raise ValueError(
@@ -126,7 +126,7 @@ class _Plan:
         left = dict(inside)
         names = {}
         for place, paths in self.rows.items():
-            mine = tuple([path for path in paths if path in self.exchange.blocks])
+            mine = tuple([path for path in paths if path in self.exchange.boxes])
             if mine:
                 same = [p for p, there in left.items() if p[:-1] == place[:-1] and there == mine]
                 names[place] = place if place in same else same[0]
@@ -135,7 +135,7 @@ class _Plan:
 
     def placeholders(self) -> Leaves:
         """The owned leaves: shapes and dtypes, but no values and no memory."""
-        return Leaves({k: _placeholder(p) for k, p in self.leaves.items() if k in self.exchange.blocks})
+        return Leaves({k: _placeholder(p) for k, p in self.leaves.items() if k in self.exchange.boxes})
 
     def some(self) -> Leaves:
         """The smallest leaf."""
@@ -164,7 +164,7 @@ class _Plan:
                     mine[self.names[place]] = local(x)
             elif not self._is_leafs(place):
                 mine[place] = x
-            elif place[-1] in self.exchange.blocks:
+            elif place[-1] in self.exchange.boxes:
                 mine[place] = wholes["/".join(place)] if x.ndim else x
         return given, _nested(mine, state)
 
@@ -184,7 +184,7 @@ class _Plan:
                 key = "/".join(place)
                 specs[key] = self._spec(place)
                 like[key] = local(self.leaves[place[-1]]).new_empty(0, dtype=x.dtype)
-                if place[-1] in self.exchange.blocks:
+                if place[-1] in self.exchange.boxes:
                     values[key] = entries[place]
         return Exchange(specs, self.ranks).scatter(values, like)
 

@@ -4,7 +4,7 @@ A matrix rule needs whole matrices, and a sharded parameter is cut across ranks.
 receives its shards (`gather`), works, and sends out shards of what it made (`scatter`). All tensors of a dtype travel
 in one `all_to_all_single`. Nothing is added up or rounded on the way: the owner has the bits that one process would.
 
-Where the shards are is arithmetic on shapes, meshes and placements, for any rank of any world size (`block`).
+Where the shards are is arithmetic on shapes, meshes and placements, for any rank of any world size (`box`).
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def on_shards(fn: Callable[..., Tensor], x: Any, *others: Tensor) -> Tensor:
     if not is_sharded(x):
         return fn(x, *others)
     ranks = ranks_of(x.device_mesh)
-    block = ranks.block(Spec(tuple(x.shape), tuple(x.placements), 0), ranks.me)
-    return as_shard(fn(local(x), *[block.of(y) for y in others]), x)
+    box = ranks.box(Spec(tuple(x.shape), tuple(x.placements), 0), ranks.me)
+    return as_shard(fn(local(x), *[box.of(y) for y in others]), x)
 
 
 def placed(x: Any, p: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def shard_of(x: Any, like: Any) -> Tensor:
         else:
             return local(x)
     ranks = ranks_of(like.device_mesh)
-    return ranks.block(Spec(tuple(like.shape), like.placements, 0), ranks.me).of(x.to(like.device))
+    return ranks.box(Spec(tuple(like.shape), like.placements, 0), ranks.me).of(x.to(like.device))
 
 
 def hold_everywhere(flags: Mapping[str, Tensor], of: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def hold_everywhere(flags: Mapping[str, Tensor], of: Mapping[str, Any]) -> dict[
     return held
 
 
-class Block(NamedTuple):
+class Box(NamedTuple):
     """A box inside a tensor."""
 
     start: Shape
@@ -118,7 +118,7 @@ class Block(NamedTuple):
         return x
 
 
-def block(shape: Sequence[int], placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]) -> Block:
+def box(shape: Sequence[int], placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]) -> Box:
     """What the rank at `coordinate` of a mesh of the sizes `mesh` holds of a tensor of that shape.
 
     A dim is cut in chunks of ceil(size / ranks), the last ones smaller or empty, by one dim of the mesh after the
@@ -133,7 +133,7 @@ def block(shape: Sequence[int], placements: Sequence[Any], mesh: Sequence[int], 
         first = min(coordinate[i] * chunk, sizes[dim])
         start[dim] += first
         sizes[dim] = min(chunk, sizes[dim] - first)
-    return Block(tuple(start), tuple(sizes))
+    return Box(tuple(start), tuple(sizes))
 
 
 class Spec(NamedTuple):
@@ -152,9 +152,9 @@ class Ranks(NamedTuple):
     sizes: Shape  # of the mesh
     group: Any = None  # None on paper, and where there is a single rank
 
-    def block(self, spec: Spec, rank: int) -> Block:
+    def box(self, spec: Spec, rank: int) -> Box:
         """What a rank holds."""
-        return block(spec.shape, spec.placements, self.sizes, self.coordinates[rank])
+        return box(spec.shape, spec.placements, self.sizes, self.coordinates[rank])
 
     def sends(self, spec: Spec, rank: int) -> bool:
         """Whether a rank sends its shard to the owner: of several that hold the same, the one nearest to it does."""
@@ -218,10 +218,10 @@ class Exchange:
 
     def __init__(self, specs: Mapping[str, Spec], ranks: Ranks) -> None:
         self.specs, self.ranks = dict(specs), ranks
-        self.mine = {k: ranks.block(s, ranks.me) for k, s in specs.items()}
+        self.mine = {k: ranks.box(s, ranks.me) for k, s in specs.items()}
         self.owned = [k for k, s in specs.items() if s.owner == ranks.me]
         numbers = range(len(ranks.coordinates))
-        self.blocks = {k: [ranks.block(specs[k], r) for r in numbers] for k in self.owned}
+        self.boxes = {k: [ranks.box(specs[k], r) for r in numbers] for k in self.owned}
         self._senders = {k: [r for r in numbers if ranks.sends(specs[k], r)] for k in self.owned}
 
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -230,7 +230,7 @@ class Exchange:
         me = self.ranks.me
         sent = [(self.specs[k].owner, k, shards[k]) for k in keys if self.ranks.sends(self.specs[k], me)]
         received = [
-            (r, k, self.blocks[k][r], shards[k].dtype) for k in keys if k in self.blocks for r in self._senders[k]
+            (r, k, self.boxes[k][r], shards[k].dtype) for k in keys if k in self.boxes for r in self._senders[k]
         ]
         parts: dict[str, dict[Shape, Tensor]] = {}
         for (_, k, at, _), x in zip(received, self._travel(sent, received, [shards[k] for k in keys]), strict=True):
@@ -245,17 +245,17 @@ class Exchange:
         """
         keys = [k for k in self.specs if k in like]
         numbers = range(len(self.ranks.coordinates))
-        sent = [(r, k, self.blocks[k][r].of(wholes[k])) for k in keys if k in self.blocks for r in numbers]
+        sent = [(r, k, self.boxes[k][r].of(wholes[k])) for k in keys if k in self.boxes for r in numbers]
         received = [(self.specs[k].owner, k, self.mine[k], like[k].dtype) for k in keys]
         return dict(zip(keys, self._travel(sent, received, [like[k] for k in keys]), strict=True))
 
     def _travel(
         self,
         sent: Sequence[tuple[int, str, Tensor]],
-        received: Sequence[tuple[int, str, Block, torch.dtype]],
+        received: Sequence[tuple[int, str, Box, torch.dtype]],
         like: Sequence[Tensor],
     ) -> list[Tensor]:
-        """The received blocks, in their order. Both lists name rank and key; a rank takes from another what that one
+        """The received boxes, in their order. Both lists name rank and key; a rank takes from another what that one
         sends to it in the order of the specs."""
         arrived: dict[int, Tensor] = {}
         device = next((x.device for x in like), None)
@@ -344,7 +344,7 @@ def costs(shapes: Mapping[str, Shape], world: int) -> Costs:
     total = sum(map(cost, shapes.values())) or 1.0
     owned, work, sent = [0] * world, [0.0] * world, [0] * world
     for k, shape in shapes.items():
-        parts = [block(shape, (rows,), (world,), (rank,)).numel for rank in range(world)]
+        parts = [box(shape, (rows,), (world,), (rank,)).numel for rank in range(world)]
         owned[owner[k]] += 1
         work[owner[k]] += cost(shape) / total
         sent[owner[k]] += sum(parts) - parts[owner[k]]

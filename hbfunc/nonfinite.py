@@ -4,7 +4,7 @@ By default such values propagate, as in torch.optim: one NaN spoils its paramete
 preconditioners every later step. The transforms here decide in the graph, without a look at a value from Python, and
 give the inner transform zeros in place of what it must not see: a matrix with a NaN makes factorizations raise.
 
-The classes take a policy by name, `nonfinite=`, and are guarded by the same transforms.
+The classes take a policy by name, `nonfinite=`, and have these transforms around theirs.
 """
 
 from __future__ import annotations

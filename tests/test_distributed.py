@@ -22,7 +22,7 @@ import torch
 from distributed_workers import CLASSES, KINDS, RECIPES, SOME, WORLD
 
 import hbfunc
-from hbfunc.exchange import Spec, block, cost, costs, dtensor, on_paper, owners
+from hbfunc.exchange import Spec, box, cost, costs, dtensor, on_paper, owners
 from hbfunc.race.__main__ import main
 
 PAGE = Path(__file__).parents[1] / "hbfunc/docs/distributed.md"
@@ -237,7 +237,7 @@ def test_blocks_are_a_partition(placements, sizes, shape):
     ranks = on_paper(sizes)
     seen = torch.zeros(shape, dtype=torch.int64)
     for coordinate in ranks.coordinates:
-        block(shape, placements, sizes, coordinate).of(seen).add_(1)
+        box(shape, placements, sizes, coordinate).of(seen).add_(1)
     copies = 1
     for p, n in zip(placements, sizes, strict=True):
         copies *= 1 if hasattr(p, "dim") else n
@@ -263,7 +263,7 @@ def test_blocks_are_those_of_torch():
                 for shape in ((7, 9), (2, 3), (24, 8)):
                     whole = torch.arange(shape[0] * shape[1]).reshape(shape)
                     replicated = DTensor.from_local(whole, mesh, [Replicate(), Replicate()], run_check=False)
-                    mine = block(shape, placements, (3, 4), tuple(mesh.get_coordinate()))
+                    mine = box(shape, placements, (3, 4), tuple(mesh.get_coordinate()))
                     assert torch.equal(replicated.redistribute(placements=placements).to_local(), mine.of(whole))
         finally:
             torch.distributed.destroy_process_group()
@@ -319,7 +319,7 @@ def test_a_rank_of_512_owns_its_share(rank):
         rows = [torch.distributed.tensor.Shard(0)]
         params = []
         for shape in shapes.values():
-            here = block(shape, rows, (512,), (rank,)).sizes
+            here = box(shape, rows, (512,), (rank,)).sizes
             params.append(torch.nn.Parameter(dtensor(torch.zeros(here), mesh, rows, shape)))
         optimizer = hbfunc.SOAP(zip(shapes, params, strict=True), lr=0.1)
         for p in params:
@@ -340,7 +340,7 @@ def test_the_exchange_is_a_bijection_on_paper():
     specs = {k: Spec(shapes[k], placed[k], i % 6) for i, k in enumerate(shapes)}
     for k, spec in specs.items():
         ranks = on_paper(sizes)
-        blocks = [ranks.block(spec, r) for r in range(6) if ranks.sends(spec, r)]
+        blocks = [ranks.box(spec, r) for r in range(6) if ranks.sends(spec, r)]
         seen = torch.zeros(shapes[k], dtype=torch.int64)
         for at in blocks:
             at.of(seen).add_(1)

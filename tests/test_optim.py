@@ -947,14 +947,14 @@ def test_curvature_compiled_and_what_it_refuses(monkeypatch):
 
 def test_a_step_checks_parameters_and_gradients_and_no_state(monkeypatch):
     """torch.compile looks at every tensor that it is told to before each step; the unit's own are not among them."""
-    checked, decide = [], compiled._guarded
+    checked, decide = [], compiled._filtered
 
     def keep(own, entries):
         kept = decide(own, entries)
         checked.extend(entry.name for entry, yes in zip(entries, kept, strict=True) if yes)
         return kept
 
-    monkeypatch.setattr(compiled, "_guarded", keep)
+    monkeypatch.setattr(compiled, "_filtered", keep)
     monkeypatch.setattr(utils, "compile_mode", "eager")
     params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
     optimizer = hbfunc.AdamW(params)

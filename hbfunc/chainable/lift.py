@@ -66,9 +66,9 @@ def split(group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     numbers: dict[str, Any] = {}
     for k, v in group.items():
         if k == "betas":
-            numbers["beta1"], numbers["beta2"] = map(_number, v)
+            numbers["beta1"], numbers["beta2"] = map(_as_float, v)
         elif isinstance(v, (float, Tensor)) or (k in NUMBERS and v is not None):
-            numbers[k] = _number(v)
+            numbers[k] = _as_float(v)
     return numbers, {k: v for k, v in group.items() if k not in numbers and k != "betas"}
 
 
@@ -78,7 +78,7 @@ def joined(choices: Mapping[str, Any], numbers: Mapping[str, Any], betas: bool) 
     return {**group, "betas": (group.pop("beta1"), group.pop("beta2"))} if betas else group
 
 
-def _number(value: Any) -> Any:
+def _as_float(value: Any) -> Any:
     return float(value) if type(value) is int else value
 
 

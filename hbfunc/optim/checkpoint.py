@@ -14,8 +14,8 @@ from hbfunc.contract import Transform
 from hbfunc.exchange import hold_everywhere, is_sharded, local, placed
 from hbfunc.forms import short
 from hbfunc.leaves import compute_dtype
-from hbfunc.optim.guard import COUNTERS
 from hbfunc.optim.options import option
+from hbfunc.optim.skipping import COUNTERS
 from hbfunc.optim.state import EMA, number_as_tensor
 
 _FUNCTION = "function "  # what state dicts have in place of one: this and its name

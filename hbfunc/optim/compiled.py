@@ -111,7 +111,7 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     if mode is None:
         return step
     own = own_code(step, "step")
-    options: dict[str, Any] = {"guard_filter_fn": partial(_guarded, made_here(step))}
+    options: dict[str, Any] = {"guard_filter_fn": partial(_filtered, made_here(step))}
     if mode in _UNBUILT:
         return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options)
     if device.type != "cpu" or not mode.startswith("max-autotune"):
@@ -138,10 +138,10 @@ def made_here(step: Step) -> set[str]:
     return {code.co_varnames[2], *(name for name, cell in around if not isinstance(cell.cell_contents, Transform))}
 
 
-def _guarded(own: Set[str], entries: Sequence[Any]) -> list[bool]:
+def _filtered(own: Set[str], entries: Sequence[Any]) -> list[bool]:
     """What torch.compile is to check before each step: not what this library has made, and nobody changes.
 
-    own: names of variables. What is looked at is where a guarded value comes from, not how that is spelled.
+    own: names of variables. What is looked at is where the value of a guard comes from, not how that is spelled.
     """
     ours = {f"__import_{name.replace('.', '_dot_')}" for name in sys.modules if name.partition(".")[0] == "hbfunc"}
     checked = []

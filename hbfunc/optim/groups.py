@@ -13,9 +13,9 @@ from hbfunc.contract import Transform
 from hbfunc.exchange import is_sharded
 from hbfunc.forms import short
 from hbfunc.leaves import as_real, check_dtype
-from hbfunc.optim.guard import guarded
 from hbfunc.optim.options import option
 from hbfunc.optim.scheduled import spread_schedules
+from hbfunc.optim.skipping import with_policy
 from hbfunc.optim.unit import Unit
 from hbfunc.pipeline import check_flags, check_value
 
@@ -116,7 +116,7 @@ class ParamGroups(torch.optim.Optimizer):
             check_flags(consume_grad=group["consume_grad"])
         random.key(group["seed"])  # raises for what is none
         tx = self.transform(group)
-        guarded(tx, group["nonfinite"])
+        with_policy(tx, group["nonfinite"])
         for name, p in steppable:
             check_dtype(name, p, tx.elementwise)
 

@@ -105,7 +105,7 @@ class Joined:
 
     def alike(self, stored: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether all members have the same scalars in `stored`, states by path."""
-        numbers = [{n: _number(stored.get(k, {}).get(n)) for n in self._names} for k in self.members]
+        numbers = [{n: _value(stored.get(k, {}).get(n)) for n in self._names} for k in self.members]
         return all(scalars == numbers[0] for scalars in numbers)
 
     def gather_scalars(self) -> None:
@@ -122,7 +122,7 @@ class Joined:
 _writes = attrgetter("_version")
 
 
-def _number(x: Any) -> Any:
+def _value(x: Any) -> Any:
     return x.item() if isinstance(x, Tensor) and x.numel() == 1 and not x.is_meta else x
 
 

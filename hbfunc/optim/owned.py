@@ -21,8 +21,8 @@ from hbfunc.exchange import (
     whole,
 )
 from hbfunc.leaves import Leaves
-from hbfunc.optim.guard import rule_of
-from hbfunc.optim.guard import views as views_of
+from hbfunc.optim.skipping import rule_of
+from hbfunc.optim.skipping import views as views_of
 from hbfunc.optim.stand_ins import ShardedUnit, gradient
 from hbfunc.optim.state import check, located
 from hbfunc.tree import AUXILIARY, Place, nested
@@ -44,7 +44,7 @@ class OwnedUnit(ShardedUnit):
         self.ranks = ranks_of(self.mesh)
         specs = {k: Spec(tuple(p.shape), p.placements, owner[k]) for k, p in leaves.items()}  # type: ignore[attr-defined]
         for k, p in leaves.items():
-            expected = self.ranks.block(specs[k], self.ranks.me).sizes
+            expected = self.ranks.box(specs[k], self.ranks.me).sizes
             if tuple(local(p).shape) != expected:
                 raise ValueError(
                     f"params[{k!r}] of shape {tuple(p.shape)} is placed {p.placements} on {self.mesh}: "  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ class OwnedUnit(ShardedUnit):
         for k, x in self.exchange.gather({k: local(p.detach()) for k, p in leaves.items()}).items():
             mine[k].copy_(x)
         super().__init__(transform, Leaves(mine), leaves, double, nonfinite)
-        transform = self.transform  # guarded
+        transform = self.transform  # under the policy
         # What `state[p]` is called and looks like for all leaves, as one process would have it.
         everything = Leaves({k: torch.empty(p.shape, dtype=p.dtype, device="meta") for k, p in leaves.items()})
         layout = (lambda params: {}) if transform.layout is None else transform.layout
@@ -125,7 +125,7 @@ class OwnedUnit(ShardedUnit):
             specs = {f"{i} {k}": spec for i in range(len(sets)) for k, spec in self.exchange.specs.items()}
             self._several[len(sets)] = Exchange(specs, self.ranks)
         wholes = self._several[len(sets)].gather(numbered)
-        return [{k: wholes[f"{i} {k}"] for k in shards if k in self.exchange.blocks} for i, shards in enumerate(sets)]
+        return [{k: wholes[f"{i} {k}"] for k in shards if k in self.exchange.boxes} for i, shards in enumerate(sets)]
 
     def due(self) -> bool | str | None:
         """As the base class, from the counts of all leaves: the same decision on every rank."""
@@ -172,7 +172,7 @@ class OwnedUnit(ShardedUnit):
                 rows = [Shard(0) if x.ndim else Replicate()] * self.mesh.ndim
                 placements = p.placements if x.shape == p.shape else rows
                 specs[k] = Spec(tuple(x.shape), tuple(placements), self.exchange.specs[k].owner)
-            values = {k: self._now(k, name) for k in there if k in self.exchange.blocks}
+            values = {k: self._now(k, name) for k in there if k in self.exchange.boxes}
             like = {k: torch.empty(0, dtype=x.dtype, device=self.parameters[k].device) for k, x in there.items()}
             shards = Exchange(specs, self.ranks).scatter(values, like)
             for k, x in shards.items():
@@ -204,7 +204,7 @@ class OwnedUnit(ShardedUnit):
             for k, x in there.items():
                 if k not in spread:
                     wholes[k] = whole(x)
-                if k in self.exchange.blocks:
+                if k in self.exchange.boxes:
                     self.entries[k][name].copy_(wholes[k])
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from hbfunc.exchange import is_sharded, local
 from hbfunc.leaves import Leaves, check_dtype
 from hbfunc.optim import checkpoint
-from hbfunc.optim.guard import guarded
-from hbfunc.optim.guard import views as guard_views
 from hbfunc.optim.resize import checked_rows, resized
+from hbfunc.optim.skipping import views as views_of
+from hbfunc.optim.skipping import with_policy
 from hbfunc.optim.units import UnitsOfGroups, forms_of
 
 
@@ -112,7 +112,7 @@ class Saved(UnitsOfGroups):
             before, after = self._leaf(old).detach(), self._leaf(new).detach()
             leaves = Leaves({name: after})
             layout = {} if tx.layout is None else tx.layout(leaves)
-            views = guard_views(guarded(tx, group["nonfinite"]).init(leaves), layout, [name], group["nonfinite"])
+            views = views_of(with_policy(tx, group["nonfinite"]).init(leaves), layout, [name], group["nonfinite"])
             state = resized(self.state[old], views[name], before, after, rows)
             del self.state[old]
             self.state[new] = state

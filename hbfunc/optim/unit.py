@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from hbfunc import utils
 from hbfunc.contract import Flush, RefreshSchedule, Transform
 from hbfunc.leaves import Leaves, compute_dtype
-from hbfunc.optim import guard
+from hbfunc.optim import skipping
 from hbfunc.optim.compiled import Ready, Step, Writes, compiled, in_place_step, shared, usable, without_compiler, write
 from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
@@ -38,7 +38,7 @@ class Unit(UnitState):
     """The parameters of one param group on one device, or one parameter if foreach=False.
 
     double: the hyperparameters are float64, as they are for a group of which some parameters are float64.
-    joined: the leaves that the transform is to see as one. nonfinite: the policy, see `guard`.
+    joined: the leaves that the transform is to see as one. nonfinite: the policy, see `skipping`.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Unit(UnitState):
                 self._run(ready.step, taken, given)
             ready.tried = True
         if self.counted:
-            self.counted = guard.later(torch.stack(self._count_tensors()))
+            self.counted = skipping.later(torch.stack(self._count_tensors()))
         elif self.counts:
             self._written = [t._version for t in self._count_tensors()]
             for i in present:
@@ -281,7 +281,7 @@ class Unit(UnitState):
             return None
         if not self.counts and any("inner" in place[:-1] for place in self.at):
             # A transform around another one may not pass every step on: its counts are read one step later.
-            self.counted = guard.later(torch.stack(self._count_tensors()))
+            self.counted = skipping.later(torch.stack(self._count_tensors()))
         if self.counted:
             self.counts = self.counted()
         else:

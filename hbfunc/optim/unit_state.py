@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from hbfunc.contract import RefreshSchedule, Transform
 from hbfunc.exchange import whole
 from hbfunc.leaves import Leaves, State
-from hbfunc.optim import guard
+from hbfunc.optim import skipping
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.state import (
     adopt,
@@ -44,7 +44,7 @@ class UnitState:
         joined: Sequence[Joined] = (),
         nonfinite: str = "propagate",
     ) -> None:
-        transform = guard.guarded(transform, nonfinite)
+        transform = skipping.with_policy(transform, nonfinite)
         self.transform, self.paths, self.params = transform, list(leaves), list(leaves.values())
         self.parameters: dict[str, Tensor] = dict(leaves)  # those of the optimizer; `params` may stand in for them
         inside = {path for join in joined for path in join.members}
@@ -80,10 +80,10 @@ class UnitState:
         )
         state = self.transform.init(leaves)
         self.layout = layout = {} if self.transform.layout is None else self.transform.layout(leaves)
-        views = guard.views(state, layout, self.flat_paths, self.nonfinite)
+        views = skipping.views(state, layout, self.flat_paths, self.nonfinite)
         self.empty = tuple(empty_places(state))
         hyper = dict(hyper_places(state))
-        agreed = hyper.pop(guard.AGREED) if self.nonfinite == "skip" else None
+        agreed = hyper.pop(skipping.AGREED) if self.nonfinite == "skip" else None
         if not self.hyper:
             self.agreed = agreed
             self.hyper = {k: x.double() if self.double and x.is_floating_point() else x for k, x in hyper.items()}
@@ -95,7 +95,7 @@ class UnitState:
         for join in self.joined:
             views |= join.views(views.pop(join.path), everywhere)
         self.entries: dict[str, dict[str, Tensor]] = {path: views[path] for path in self.paths}
-        own = self.hyper | ({} if self.agreed is None else {guard.AGREED: self.agreed})
+        own = self.hyper | ({} if self.agreed is None else {skipping.AGREED: self.agreed})
         self.at = [*state_tensors, *own]
         self._own = list(own.values())
         self._tensors = list(state_tensors.values())
@@ -176,7 +176,7 @@ class UnitState:
                 for n, there in own_names.items()
             }
             if loaded:
-                check_whole(k, own_names, expected[k], [n for n in guard.COUNTERS if n in expected[k]][-1:])
+                check_whole(k, own_names, expected[k], [n for n in skipping.COUNTERS if n in expected[k]][-1:])
             else:
                 _check_private(k, values[k])
         self.adopt(values)

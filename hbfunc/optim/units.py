@@ -17,8 +17,8 @@ from hbfunc.leaves import Leaves, check_dtype
 from hbfunc.optim import sharded
 from hbfunc.optim.compiled import Ready
 from hbfunc.optim.groups import ParamGroups
-from hbfunc.optim.guard import COUNTERS, Watch
 from hbfunc.optim.joined import joins
+from hbfunc.optim.skipping import COUNTERS, Watch
 from hbfunc.optim.state import EMA, is_auxiliary
 from hbfunc.optim.unit import Unit
 

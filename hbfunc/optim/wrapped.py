@@ -133,7 +133,7 @@ class FromTransform(Averaging, WithCurvature):
                 hyper = _lr_beside(hyper)
             names = hyper_names(hyper)
             group.update({"transform": tx, "rule": tx.name})
-            numbers = {names[place]: _number(x) for place, x in hyper.items()}
+            numbers = {names[place]: _as_written(x) for place, x in hyper.items()}
             group.update({name: x for name, x in numbers.items() if name not in group})
             self.defaults.setdefault("lr", numbers["lr"])  # frameworks look for it there
         except Exception:
@@ -190,6 +190,6 @@ def _lr_beside(hyper: dict[Place, Tensor]) -> dict[Place, Tensor]:
     return {("hyper", "lr"): torch.ones(()), **{("inner", *place): x for place, x in hyper.items()}}
 
 
-def _number(x: Tensor) -> float | int:
+def _as_written(x: Tensor) -> float | int:
     """A hyperparameter as people write it: 0.0025, and not the nearest float32 in all digits of a float64."""
     return float(str(np.float32(x.item()))) if x.dtype == torch.float32 else x.item()

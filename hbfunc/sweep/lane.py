@@ -179,5 +179,5 @@ def arguments_of(tx: Factory) -> set[str] | None:
         return set()
     if not callable(tx):
         raise TypeError(f"tx: expected a Transform or a function that returns one, got {type(tx).__name__}")
-    parameters = inspect.signature(tx).parameters.values()
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+    arguments = inspect.signature(tx).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in arguments) else {p.name for p in arguments}

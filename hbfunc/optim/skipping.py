@@ -1,6 +1,6 @@
 """The classes' `nonfinite=` policies: the transforms of `hbfunc.nonfinite`, around the transform of a param group.
 
-A guard is no part of the rule: the state that a parameter shows, and a checkpoint holds, is the rule's own, and beside
+A policy is no part of the rule: the state that a parameter shows, and a checkpoint holds, is the rule's own, and beside
 it the counter of skips. So a checkpoint may be loaded, and a run go on, under another policy.
 """
 
@@ -27,7 +27,7 @@ WATCH = 100  # steps between two looks at the counters, and how many that are sk
 COUNTERS = (SKIPPED, f"nonfinite.{SKIPPED}")  # names in `state[p]`; the second where the rule itself has the first
 
 
-def guarded(inner: Transform, policy: str) -> Transform:
+def with_policy(inner: Transform, policy: str) -> Transform:
     """`inner` under a policy. Raises ValueError for an unknown one."""
     check_choice("nonfinite", policy, POLICIES)
     if policy == "skip":
@@ -37,7 +37,7 @@ def guarded(inner: Transform, policy: str) -> Transform:
 
 
 def views(state: State, layout: Layout, paths: list[str], policy: str) -> dict[str, dict[str, Tensor]]:
-    """`per_parameter` of the state of a guarded transform: that of the rule, and the counter."""
+    """`per_parameter` of the state of a transform under a policy: that of the rule, and the counter."""
     if policy not in ("skip", "skip_leaf"):
         return per_parameter(state, layout, paths)
     entries_of = per_parameter(*rule_of(state, layout, policy), paths)
@@ -47,7 +47,7 @@ def views(state: State, layout: Layout, paths: list[str], policy: str) -> dict[s
 
 
 def rule_of(state: State, layout: Layout, policy: str) -> tuple[State, Layout]:
-    """State and layout of the rule inside a guarded transform."""
+    """State and layout of the rule inside a transform under a policy."""
     return (state["inner"], layout.get("inner", {})) if policy in ("skip", "skip_leaf") else (state, layout)
 
 
@@ -101,7 +101,7 @@ class Watch:
 
 
 def _counters(groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Parameters that are guarded and their counters, by device. Meta tensors count nothing."""
+    """Parameters whose steps may be skipped, and their counters, by device. Meta tensors count nothing."""
     by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for group in groups:
         for p in group["params"] if group["nonfinite"] in ("skip", "skip_leaf") else ():
