@@ -47,6 +47,7 @@ RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     **dict.fromkeys(("beta", "beta1", "beta2", "beta3", "momentum", "shampoo_beta"), (0, 1, False, True)),
     "dampening": (0, 1, False, False),
     **dict.fromkeys(("precond_init_scale", "d0", "d_coef"), (0, _INF, True, True)),
+    "momentum_decay": (0, _INF, False, True),
     "growth_rate": (1, _INF, False, True),
     "preconditioner_update_probability": (0, 1, False, False),
     **dict.fromkeys(("r", "weight_lr_power"), (-_INF, _INF, True, True)),
@@ -194,9 +195,12 @@ def recipe(fn: Callable[..., Transform] | None = None, *, without: Collection[st
     return _registered(fn, [*own.values(), *more])
 
 
-def like(other: Callable[..., Transform], **defaults: Any) -> Callable[[Callable[..., Transform]], Any]:
+def like(
+    other: Callable[..., Transform], *, without: Collection[str] = (), **defaults: Any
+) -> Callable[[Callable[..., Transform]], Any]:
     """Register a recipe that has the arguments of another, in its order, and takes them by keyword.
 
+    without: those that it does not have.
     defaults: values that differ from the other's. Arguments of its own come behind the others.
 
         @like(adamw)
@@ -205,7 +209,7 @@ def like(other: Callable[..., Transform], **defaults: Any) -> Callable[[Callable
     """
 
     def decorate(fn: Callable[..., Transform]) -> Callable[..., Transform]:
-        theirs = inspect.signature(other).parameters
+        theirs = {k: p for k, p in inspect.signature(other).parameters.items() if k not in without}
         changed = [p.replace(default=defaults.get(p.name, p.default)) for p in theirs.values()]
         return _registered(fn, [*changed, *(p for n, p in inspect.signature(fn).parameters.items() if n not in theirs)])
 

@@ -120,6 +120,11 @@ ADOPT: dict[str, dict[str, Any]] = {
 }
 
 
+SCHEDULE_FREE: dict[str, dict[str, Any]] = {
+    "authors": {"lr": lambda t: 0.1 / t**0.5, "largest_rate": True, "add_eps": True, "eps": 0.1},
+}
+
+
 def first_order(
     factory: Callable[..., hbfunc.Transform],
     *more: str,
@@ -312,7 +317,7 @@ def soap() -> list[Row]:
         "palm": {"palm": True},
         "precondition_frequency": {"precondition_frequency": 3},
         "frequency-in-the-state": {
-            "kwargs": {"precondition_frequency": torch.tensor(3)},
+            "kwargs": {"precondition_frequency": torch.tensor(3), "refresh_phase": 1},
             "oracle_kwargs": {"precondition_frequency": 3},
             "numbers": (*numbers, "precondition_frequency"),
         },
@@ -400,11 +405,11 @@ def quadratic(v: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 HERE = Path(__file__).parent
 TABLE: list[Row] = [
-    *first_order(hbfunc.adamw),
+    *first_order(hbfunc.adamw, own={"add-eps": {"eps": 0.4, "add_eps": True}}),
     *first_order(hbfunc.laprop),
     *first_order(hbfunc.adopt, "clip_exp", own=ADOPT, clip_exp=0.1),
     *first_order(hbfunc.rmsprop),
-    *first_order(hbfunc.sfadamw, "r", "weight_lr_power", r=0.5, weight_lr_power=1.5),
+    *first_order(hbfunc.sfadamw, "r", "weight_lr_power", r=0.5, weight_lr_power=1.5, own=SCHEDULE_FREE),
     Row("adamw-combined-bfloat16", hbfunc.adamw, {**MANY, **BFLOAT16}, None, numbers=SHARED, without=STOCHASTIC),
     *COMBINATORS,
     *muon(hbfunc.muon, heavyball={"nesterov": False}, qr={"orthogonalizer": "qr"}),

@@ -50,8 +50,8 @@ def b(beta: float, t: int) -> float:
     return 1 - (1 - beta) / (1 - beta**t)
 
 
-def D(v: Array, eps: float) -> Array:
-    return np.maximum(np.sqrt(v), eps)
+def D(v: Array, eps: float, add_eps: bool = False) -> Array:
+    return np.sqrt(v) + eps if add_eps else np.maximum(np.sqrt(v), eps)
 
 
 def palm_beta2(t: int, beta2_scale: float) -> float:
@@ -179,9 +179,9 @@ def run(
 # -- section 2: first-order rules -----------------------------------------------------------------------------------
 
 
-def scale_by_adam(u: Array, s: State, decay1: float, decay2: float, eps: float) -> Array:
+def scale_by_adam(u: Array, s: State, decay1: float, decay2: float, eps: float, add_eps: bool = False) -> Array:
     m, v = ema(s, "m", u, decay1), ema(s, "v", u * u, decay2)
-    return m / D(v, eps)
+    return m / D(v, eps, add_eps)
 
 
 def scale_by_laprop(u: Array, s: State, decay1: float, decay2: float, eps: float) -> Array:
@@ -198,12 +198,13 @@ def adamw(
     eps: float = 1e-8,
     palm: bool = False,
     beta2_scale: float = 0.8,
+    add_eps: bool = False,
     **options: Any,
 ) -> list[Params]:
     """Adam (Kingma & Ba 2015) with decoupled decay (Loshchilov & Hutter 2019), eps as a clamp."""
 
     def rule(u: Array, s: State) -> Array:
-        return scale_by_adam(u, s, b(betas[0], s["t"]), second(betas[1], s["t"], palm, beta2_scale), eps)
+        return scale_by_adam(u, s, b(betas[0], s["t"]), second(betas[1], s["t"], palm, beta2_scale), eps, add_eps)
 
     return run(params, grads, rule, lr, betas[0], **options)
 
@@ -219,12 +220,13 @@ def rmsprop(
     weight_lr_power: float = 2.0,
     palm: bool = False,
     beta2_scale: float = 0.8,
+    add_eps: bool = False,
     **options: Any,
 ) -> list[Params]:
     """u/D(v, eps) with a debiased v. `r` and `weight_lr_power` do nothing."""
 
     def rule(u: Array, s: State) -> Array:
-        return u / D(ema(s, "v", u * u, second(betas[1], s["t"], palm, beta2_scale)), eps)
+        return u / D(ema(s, "v", u * u, second(betas[1], s["t"], palm, beta2_scale)), eps, add_eps)
 
     return run(params, grads, rule, lr, betas[0], **options)
 
@@ -292,6 +294,8 @@ def sfadamw(
     weight_lr_power: float = 2.0,
     palm: bool = False,
     beta2_scale: float = 0.8,
+    add_eps: bool = False,
+    largest_rate: bool = False,
     report: str = "y",
     **options: Any,
 ) -> list[Params]:
@@ -303,12 +307,13 @@ def sfadamw(
     """
 
     def rule(u: Array, s: State) -> Array:
-        return u / D(ema(s, "v", u * u, second(betas[1], s["t"], palm, beta2_scale)), eps)
+        return u / D(ema(s, "v", u * u, second(betas[1], s["t"], palm, beta2_scale)), eps, add_eps)
 
     def move(y: Array, u: Array, rate: float, weight_decay: float, s: State) -> Array:
         z = s.get("z", y)
         u = u + weight_decay * y
-        w = abs(rate) ** weight_lr_power * max(s["t"], 1) ** r
+        s["lr_max"] = max(abs(rate), s.get("lr_max", 0.0)) if largest_rate else abs(rate)
+        w = s["lr_max"] ** weight_lr_power * max(s["t"], 1) ** r
         s["weight_sum"] = s.get("weight_sum", 0.0) + w
         c = w / s["weight_sum"] if s["weight_sum"] > 0 else 0.0
         s["z"] = z - rate * u
@@ -527,6 +532,7 @@ def soap(
     precond_scheduler: tuple[float, float] = (1 / 3, 9),
     due: Callable[[int], bool] | None = None,
     inner: str = "adam",
+    refresh_phase: int = 0,
     **options: Any,
 ) -> list[Params]:
     """SOAP (Vyas et al. 2024): Adam, or LaProp, in the eigenbasis of Shampoo's factors.
@@ -560,7 +566,7 @@ def soap(
 
         for d in dims:
             ema(s["GG"], d, outer(x, d), b(shampoo_beta, t))
-        if due(t) if due is not None else t % precondition_frequency == 0:
+        if due(t) if due is not None else (t - refresh_phase) % precondition_frequency == 0:
             for d, Q in s["Q"].items():
                 GG = s["GG"][d]
                 order = np.argsort(-np.diag(Q.T @ GG @ Q), kind="stable")

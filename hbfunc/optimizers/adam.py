@@ -29,12 +29,16 @@ def adamw(
     update_clipping: Clipping = None,
     palm: bool = False,
     beta2_scale: float | Tensor = 0.8,
+    *,
+    add_eps: bool = False,
     **common: Any,
 ) -> Transform:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): Adam with decoupled weight decay.
 
     m <- average of g with beta1;  v <- average of g^2 with beta2, both debiased
     p <- p - lr * (m / max(sqrt(v), eps) + weight_decay * p)
+
+    add_eps: divide by sqrt(v) + eps, as torch.optim does.
     """
     return around(
         "adamw",
@@ -52,11 +56,12 @@ def adamw(
         update_clipping=update_clipping,
         palm=palm,
         beta2_scale=beta2_scale,
+        add_eps=add_eps,
         **common,
     )
 
 
-@like(adamw)
+@like(adamw, without=("add_eps",))
 def laprop(**options: Any) -> Transform:
     """LaProp (Ziyin et al. 2020, arXiv 2002.04839): Adam with the normalisation before the momentum.
 
@@ -66,7 +71,7 @@ def laprop(**options: Any) -> Transform:
     return around("laprop", scale_by_laprop, **options)
 
 
-@like(adamw)
+@like(adamw, without=("add_eps",))
 def adopt(*, clip_exp: float | Tensor | None = 0.25, debias: bool = True, **options: Any) -> Transform:
     """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853). The first step moves nothing, weight decay included.
 
@@ -97,6 +102,8 @@ def rmsprop(
     update_clipping: Clipping = None,
     palm: bool = False,
     beta2_scale: float | Tensor = 0.8,
+    *,
+    add_eps: bool = False,
     **common: Any,
 ) -> Transform:
     """RMSprop (Hinton 2012), debiased and without momentum; betas[0] serves MARS only.
@@ -104,6 +111,7 @@ def rmsprop(
         v <- average of g^2 with beta2, debiased
         p <- p - lr * (g / max(sqrt(v), eps) + weight_decay * p)
 
+    add_eps: divide by sqrt(v) + eps, as torch.optim does.
     r, weight_lr_power: in the documented signature, without effect here: setting them gives a warning. So does
         `caution` without `mars` or a clipping function: updates have the signs of the gradient.
     """
@@ -113,7 +121,7 @@ def rmsprop(
         )
     return around(
         "rmsprop",
-        lambda beta1, beta2, eps: scale_by_exp_avg_sq(beta2, eps),
+        lambda beta1, beta2, eps, add_eps: scale_by_exp_avg_sq(beta2, eps, add_eps=add_eps),
         keeps_signs=True,
         lr=lr,
         betas=betas,
@@ -128,6 +136,7 @@ def rmsprop(
         update_clipping=update_clipping,
         palm=palm,
         beta2_scale=beta2_scale,
+        add_eps=add_eps,
         **common,
     )
 

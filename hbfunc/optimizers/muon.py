@@ -18,7 +18,7 @@ from hbfunc.transforms.momentum import heavyball_momentum, nesterov_momentum
 from hbfunc.transforms.orthogonal import orthogonalize
 
 
-@like(adamw)
+@like(adamw, without=("add_eps",))
 def muon(nesterov: bool = True, *, palm: bool, orthogonalizer: str = "newtonschulz", **options: Any) -> Transform:
     """Muon (Jordan et al. 2024): Nesterov's momentum or the heavy ball with betas[0], then `orthogonalize`.
 
@@ -39,7 +39,7 @@ def muon(nesterov: bool = True, *, palm: bool, orthogonalizer: str = "newtonschu
     return around("muon", rule, **options)
 
 
-@like(adamw)
+@like(adamw, without=("add_eps",))
 def muon_laprop(*, orthogonalizer: str = "newtonschulz", **options: Any) -> Transform:
     """LaProp (Ziyin et al. 2020, arXiv 2002.04839), then `orthogonalize`. Leaves of fewer than two dims get LaProp.
 

@@ -16,7 +16,7 @@ from hbfunc.transforms.schedule_free import schedule_free
 
 
 @like(rmsprop)
-def sfadamw(*, betas: Any, **options: Any) -> Transform:
+def sfadamw(*, largest_rate: bool = False, betas: Any, **options: Any) -> Transform:
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682).
 
     Evaluate at `schedule_free_eval_params`; a model with BatchNorm after `hbfunc.recompute_batchnorm` there.
@@ -27,17 +27,20 @@ def sfadamw(*, betas: Any, **options: Any) -> Transform:
         z <- z - lr * u;  x <- (1 - c) * x + c * z, with c the share of this step's weight in the sum
         y = beta1 * x + (1 - beta1) * z
 
+    largest_rate: weigh by the largest lr so far in place of this step's, as the authors' package does: where the rate
+        falls, late steps count more.
+    add_eps: divide by sqrt(v) + eps, as the authors do.
     `caution` has no effect without `mars` or a clipping function, and gives a warning: updates have the signs of the
     gradient.
     """
     if isinstance(betas, (list, tuple)) and betas and callable(betas[0]):
         raise TypeError(f"betas[0]={short(betas[0])}: Schedule-Free needs a number, not a schedule")
 
-    def rule(beta1: Number, beta2: Number, eps: Any, r: Any, weight_lr_power: Any) -> Transform:
-        return scale_by_exp_avg_sq(beta2, eps)
+    def rule(beta2: Number, eps: Any, add_eps: bool, **others: Any) -> Transform:
+        return scale_by_exp_avg_sq(beta2, eps, add_eps=add_eps)
 
-    def tail(lr: Number, beta1: Any, beta2: Number, eps: Any, r: Any, weight_lr_power: Any) -> Transform:
-        return schedule_free(lr, beta1, weight_lr_power=weight_lr_power, r=r)
+    def tail(lr: Number, beta1: Any, r: Any, weight_lr_power: Any, **others: Any) -> Transform:
+        return schedule_free(lr, beta1, weight_lr_power, r, largest_rate=largest_rate)
 
     return around("sfadamw", rule, tail=tail, keeps_signs=True, betas=betas, **options)
 

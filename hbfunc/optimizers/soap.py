@@ -42,6 +42,7 @@ def soap(
     *,
     inner: str = "adam",
     stop_gradient: bool = False,
+    refresh_phase: int = 0,
     seed: int | Tensor = 0,
     **common: Any,
 ) -> Transform:
@@ -75,6 +76,7 @@ def soap(
             precond_scheduler=precond_scheduler,
             inner=inner,
             seed=seed,
+            refresh_phase=refresh_phase,
             **flags,
         )
 

@@ -5,6 +5,8 @@ Averages are kept debiased (`ema_weight`), in the dtype of the computation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,12 @@ def ema(average: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return average + (x - average) * weight
 
 
-def denominator(v: Tensor, eps: float | Tensor) -> Tensor:
-    """max(sqrt(v), eps), as the root of a clamp: its derivative at v = 0 is 0, where that of the root is infinite."""
+def denominator(v: Tensor, eps: float | Tensor, add_eps: bool = False) -> Tensor:
+    """max(sqrt(v), eps), as the root of a clamp: its derivative at v = 0 is 0, where that of the root is infinite. With
+    `add_eps`, sqrt(v) + eps."""
     tiny = torch.finfo(v.dtype).tiny
+    if add_eps:
+        return torch.sqrt(torch.clamp(v, min=tiny)) + in_dtype_of(v, eps)
     floor = torch.clamp(eps * eps, min=tiny) if isinstance(eps, Tensor) else max(eps * eps, tiny)
     return torch.sqrt(torch.clamp(v, min=in_dtype_of(v, floor)))
 
@@ -33,10 +38,20 @@ def check_adam(beta1: Number, beta2: Number, eps: float | Tensor) -> None:
     check_number("eps", eps, 0, float("inf"), open_high=True)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError for what is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={short(value)}: expected True or False")
+
+
 @remembered
-def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
-    """RMSprop (Hinton 2012, lecture 6e), debiased: u / max(sqrt(v), eps) with v the average of u^2."""
+def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8, *, add_eps: bool = False) -> Transform:
+    """RMSprop (Hinton 2012, lecture 6e), debiased: u / max(sqrt(v), eps) with v the average of u^2.
+
+    add_eps: sqrt(v) + eps in place of the maximum, as in torch.optim.
+    """
     check_adam(0.0, beta2, eps)
+    check_flag("add_eps", add_eps)
 
     def init(params: Leaves) -> State:
         return {"count": count_zeros(params), "exp_avg_sq": zeros(params)}
@@ -45,22 +60,28 @@ def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Tra
         t = increment(state["count"], updates)
         (w,) = per_leaf(t, updates, lambda t: [ema_weight(beta2, t)])
         v = {k: ema(state["exp_avg_sq"][k], u * u, w[k]) for k, u in updates.items()}
-        return {k: u / denominator(v[k], eps) for k, u in updates.items()}, kept(state, count=t, exp_avg_sq=v)
+        moved = {k: u / denominator(v[k], eps, add_eps) for k, u in updates.items()}
+        return moved, kept(state, count=t, exp_avg_sq=v)
 
     return transform(init, update, "scale_by_exp_avg_sq", elementwise=True)
 
 
 @remembered
-def scale_by_adam(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
-    """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), with max(sqrt(v), eps) in place of sqrt(v) + eps."""
+def scale_by_adam(
+    beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8, *, add_eps: bool = False
+) -> Transform:
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), with max(sqrt(v), eps) in place of sqrt(v) + eps, which
+    `add_eps` asks for."""
     check_adam(beta1, beta2, eps)
+    check_flag("add_eps", add_eps)
 
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
         t = increment(state["count"], updates)
         w1, w2 = per_leaf(t, updates, lambda t: [ema_weight(beta1, t), ema_weight(beta2, t)])
         m = {k: ema(state["exp_avg"][k], u, w1[k]) for k, u in updates.items()}
         v = {k: ema(state["exp_avg_sq"][k], u * u, w2[k]) for k, u in updates.items()}
-        return {k: m[k] / denominator(v[k], eps) for k in updates}, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
+        moved = {k: m[k] / denominator(v[k], eps, add_eps) for k in updates}
+        return moved, kept(state, count=t, exp_avg=m, exp_avg_sq=v)
 
     return transform(two_moments, update, "scale_by_adam", elementwise=True)
 
@@ -100,8 +121,7 @@ def scale_by_adopt(
     check_adam(beta1, beta2, eps)
     if clip_exp is not None:
         check_number("clip_exp", clip_exp, 0, float("inf"), open_high=True)
-    if not isinstance(debias, bool):
-        raise TypeError(f"debias={short(debias)}: expected True or False")
+    check_flag("debias", debias)
 
     def weights(t: Tensor) -> list[Tensor]:
         first, one = t == 1, torch.ones_like(t)

@@ -19,12 +19,18 @@ from hbfunc.contract import Transform, by_device, remembered, transform
 from hbfunc.leaves import Leaves, State, Tree, compute_dtype, flat_params, in_dtype_of, kept
 from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
+from hbfunc.transforms.adaptive import check_flag
 from hbfunc.tree import parts
 
 
 @remembered
 def schedule_free(
-    lr: Number = 2.5e-3, beta1: float | Tensor = 0.9, weight_lr_power: float | Tensor = 2.0, r: float | Tensor = 0.0
+    lr: Number = 2.5e-3,
+    beta1: float | Tensor = 0.9,
+    weight_lr_power: float | Tensor = 2.0,
+    r: float | Tensor = 0.0,
+    *,
+    largest_rate: bool = False,
 ) -> Transform:
     """Steps y and z; comes last in a chain, in place of `scale_by_learning_rate` (weight decay comes before it).
 
@@ -34,6 +40,8 @@ def schedule_free(
     The extra "rate" is a factor of lr. Behind a learning rate, which takes it then, u is minus the step that it is
     given. Whatever changes the updates behind this moves y alone.
 
+    largest_rate: the largest |lr| so far in the weight w, as in the authors' package; the step has its own lr.
+
     The state keeps the beta1 that y was made with. Where another one comes (a scheduler, a new value in the state), y
     moves with it, and the average x goes on as it was.
     """
@@ -42,12 +50,14 @@ def schedule_free(
     # W, and what rounding it to float32 loses: after a million steps a float32 sum would err by percents, and later
     # stop. Two numbers and not a float64 one, because dynamo traces a graph with 0-dim float64 inputs twice.
     parts = ("weight_sum", "weight_sum_low")
+    check_flag("largest_rate", largest_rate)
+    sums = (*parts, "lr_max") if largest_rate else parts
 
     def init(params: Leaves) -> State:
-        sums = [{k: torch.zeros((), dtype=compute_dtype(p), device=p.device) for k, p in params.items()} for _ in parts]
+        none = [{k: torch.zeros((), dtype=compute_dtype(p), device=p.device) for k, p in params.items()} for _ in sums]
         return {
             "count": count_zeros(params),
-            **dict(zip(parts, sums, strict=True)),
+            **dict(zip(sums, none, strict=True)),
             "beta1": {k: _scalar(beta1, p).clone() for k, p in params.items()},
             "z": {k: p.to(compute_dtype(p), copy=True) for k, p in params.items()},
         }
@@ -68,20 +78,27 @@ def schedule_free(
         device = next(iter(t.values())).device
         single = torch.tensor([u.dtype != torch.float64 for u in updates.values()], device=device)
 
+        def of_leaves(part: str) -> Tensor:
+            return torch.stack([state[part][k].to(torch.float64) for k in updates])
+
         def scalars(t: Tensor) -> list[Any]:
-            """The learning rate, c, how far y is pulled to z, beta1, and W in two parts."""
+            """The learning rate, c, how far y is pulled to z, beta1, W in two parts, and the largest rate."""
             now_lr = at(lr, t) if factor is None else at(lr, t) * torch.stack(factor).to(torch.float64)
-            weight = abs(now_lr) ** at(weight_lr_power, t) * t ** at(r, t)
+            largest = abs(now_lr)
+            if largest_rate:
+                largest = torch.maximum(largest + torch.zeros_like(t), of_leaves("lr_max"))
+            weight = largest ** at(weight_lr_power, t) * t ** at(r, t)
             total = weight
             for part in parts:
-                total = total + torch.stack([state[part][k].to(torch.float64) for k in updates])
+                total = total + of_leaves(part)
             # A rate of 0 from the start (warmup, a checkpoint's dry run) leaves W at 0 and the average as it is.
             c = torch.where(total > 0, weight / torch.where(total > 0, total, 1), 0)
             now = torch.as_tensor(beta1, dtype=torch.float64, device=device)
             now = torch.where(single, now.to(torch.float32).to(torch.float64), now)  # as the state has it
-            before = torch.stack([state["beta1"][k].to(torch.float64) for k in updates])
+            before = of_leaves("beta1")
             pull = c + (1 - c) * (1 - now / before)
-            return [now_lr, c, pull, now, total, torch.where(single, total - total.to(torch.float32), 0)]
+            low = torch.where(single, total - total.to(torch.float32), 0)
+            return [now_lr, c, pull, now, total, low, *([largest] if largest_rate else [])]
 
         rates, c, pull, *scalar = per_leaf(t, updates, scalars)
         step, z = {}, {}
@@ -90,7 +107,7 @@ def schedule_free(
             step[k] = pull[k] * (state["z"][k] - y) + u * (rates[k] * (in_dtype_of(u, beta1) * (1 - c[k]) - 1))
             z[k] = state["z"][k] - rates[k] * u
         scalar = [{k: x.clone() for k, x in part.items()} for part in scalar]  # they were views of one tensor
-        return step, kept(state, count=t, z=z, **dict(zip(("beta1", *parts), scalar, strict=True)))
+        return step, kept(state, count=t, z=z, **dict(zip(("beta1", *sums), scalar, strict=True)))
 
     return transform(init, by_device(update), "schedule_free", ("rate", "steps"), elementwise=True, steps=True)
 

@@ -54,6 +54,7 @@ def scale_by_soap(
     precond_scheduler: Sequence[float] = (1 / 3, 9),
     seed: int | Tensor = 0,
     stop_gradient: bool = False,
+    refresh_phase: int = 0,
 ) -> Transform:
     """Algorithm 3 of the paper, with debiased averages. With t a leaf's own count:
 
@@ -63,6 +64,8 @@ def scale_by_soap(
 
     beta1, beta2: of the inner rule, which counts its own steps (so does a schedule, `palm_beta2` for one).
     precondition_frequency: due when t is a multiple of it; a tensor may differ between the lanes of a `torch.vmap`.
+    refresh_phase: due when t - refresh_phase is that multiple: 1 is as in the authors' code, whose count begins at the
+        second step.
     use_precond_schedule: due with probability `refresh_probability(t, *precond_scheduler)` instead, drawn from a key in
         the state, once per step for all leaves of the same count.
     max_precond_dim: larger dims have no factor, like dims of size 1 and leaves of one dim (but see precondition_1d).
@@ -84,7 +87,8 @@ def scale_by_soap(
     check_adam(beta1, beta2, eps)
     check_number("shampoo_beta", shampoo_beta, 0, 1, open_high=True)
     _check_choices(precondition_frequency, max_precond_dim, data_format, inner, precond_scheduler)
-    due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None)
+    check_int("refresh_phase", refresh_phase, 0)
+    due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None, refresh_phase)
     first, again = partial(_first, stop_gradient=stop_gradient), partial(_again, stop_gradient=stop_gradient)
 
     def plan(params: Flat) -> dict[str, Bucket]:
@@ -174,7 +178,8 @@ def scale_by_soap(
             if frequency.device.type != "cpu":
                 return None  # its value is not known here
             frequency = int(frequency)
-        return refresh_schedule(frequency, use_precond_schedule, precond_scheduler, seed, state.get("key"))
+        key = state.get("key")
+        return refresh_schedule(frequency, use_precond_schedule, precond_scheduler, seed, key, refresh_phase)
 
     needs = ("refresh",)
     return matrix_rule(init, update, "scale_by_soap", needs, layout, refreshes=refreshes, first_step_moves=False)
@@ -191,6 +196,7 @@ def refresh_schedule(
     precond_scheduler: Sequence[float] = (1 / 3, 9),
     seed: int | Tensor = 0,
     key: Tensor | None = None,
+    refresh_phase: int = 0,
 ) -> Callable[[int], bool | str]:
     """What `refresh=None` decides at step t = 1, 2, ..., in advance and outside of the graph: "first", True or False.
 
@@ -200,7 +206,7 @@ def refresh_schedule(
         updates, state = tx.update(state, grads, params, refresh=due(t))
     """
     if not use_precond_schedule:
-        return lambda t: "first" if t == 1 else t % precondition_frequency == 0
+        return lambda t: "first" if t == 1 else (t - refresh_phase) % precondition_frequency == 0
     first, second = (random.key(seed) if key is None else key).tolist()
     power, base = precond_scheduler
     return lambda t: "first" if t == 1 else _drawn(first, second, power, base, t - t % 256)[t % 256]
@@ -213,10 +219,10 @@ def _drawn(first: int, second: int, power: float, base: float, start: int) -> li
         return _due(1, (power, base))(torch.arange(start, start + 256), torch.tensor([first, second])).tolist()
 
 
-def _due(frequency: int | Tensor, scheduler: Sequence[float] | None) -> Callable[[Tensor, Any], Tensor]:
+def _due(frequency: int | Tensor, scheduler: Sequence[float] | None, phase: int = 0) -> Callable[[Tensor, Any], Tensor]:
     """(counts, key) -> whether each is due, the first step aside."""
     if scheduler is None:
-        return lambda t, key: t % at(frequency, t) == 0
+        return lambda t, key: (t - phase) % at(frequency, t) == 0
     power, base = scheduler
 
     def drawn(t: Tensor, key: Tensor) -> Tensor:
