@@ -38,6 +38,7 @@ def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
         if not isinstance(state_dict.get(key), kind):
             raise ValueError(f"state_dict[{key!r}] is {type(state_dict.get(key)).__name__}, expected a state_dict()'s")
     listed = [p for i, group in enumerate(state_dict["param_groups"]) for p in _params(group, i)]
+    _check_origin(state_dict)
     known = set(listed)
     if len(known) != len(listed):
         raise ValueError("state_dict['param_groups'] lists a parameter twice, expected every one once")
@@ -51,6 +52,19 @@ def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
     _check_values(state_dict)
     groups = by_name(optimizer.param_groups, state_dict["param_groups"])
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _check_origin(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError, saying what converts it, for a state dict of another library."""
+    if "heavyball" in state_dict:
+        raise ValueError("state_dict is HeavyBall's: hbfunc.convert.from_heavyball(state_dict, params) fits")
+    for group in state_dict["param_groups"]:
+        if "rule" in group:
+            continue
+        if "lr_max" in group:
+            raise ValueError("state_dict is schedulefree's: hbfunc.convert.from_schedulefree(state_dict) fits")
+        if "differentiable" in group or "ns_coefficients" in group:
+            raise ValueError("state_dict is torch.optim's: hbfunc.convert.from_torch(state_dict) fits")
 
 
 def by_name(mine: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

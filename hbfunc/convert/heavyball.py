@@ -1,8 +1,4 @@
-"""Checkpoints of HeavyBall 3, as state dicts of hbfunc's classes.
-
-    state = torch.load("heavyball.pt", weights_only=True)
-    optimizer = hbfunc.SOAP(model.parameters(), ...)          # the class and options of the old optimizer
-    optimizer.load_state_dict(hbfunc.convert.from_heavyball(state, model.parameters()))
+"""Checkpoints of HeavyBall 3.
 
 Where both compute the same, a run goes on as it would have: AdamW, RMSprop, LaProp, Schedule-Free AdamW and SOAP to
 rounding (warmup, PaLM's beta2 and MARS differ, see the migration page), Muon with hbfunc's orthogonalisation, ADOPT
@@ -12,7 +8,6 @@ factors that were reached.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -21,17 +16,14 @@ import torch
 from torch import Tensor
 
 from hbfunc.contract import Transform
+from hbfunc.convert.entries import Entries, filled
 from hbfunc.forms import short
-from hbfunc.leaves import Leaves
 from hbfunc.linalg import kron
-from hbfunc.optim.state import per_parameter
 from hbfunc.optimizers.adam import adamw, adopt, laprop, rmsprop
 from hbfunc.optimizers.muon import muon
 from hbfunc.optimizers.psgd import psgd_kron
 from hbfunc.optimizers.schedule_free import sfadamw
 from hbfunc.optimizers.soap import soap
-
-Entries = dict[str, Any]
 
 
 class Source(NamedTuple):
@@ -178,11 +170,6 @@ def _converted(
     params: Mapping[int, Tensor],
 ) -> dict[int, Entries]:
     """The entries of parameters as the hbfunc class names and shapes them."""
-    known = inspect.signature(source.recipe).parameters
-    transform = source.recipe(**{k: v for k, v in options.items() if k in known})
-    leaves = Leaves({str(k): torch.zeros_like(p, requires_grad=False) for k, p in params.items()})
-    layout = {} if transform.layout is None else transform.layout(leaves)
-    views = per_parameter(transform.init(leaves), layout, list(leaves))
     steps = group.get("step_count", next((e["step"] for e in entries_of.values() if "step" in e), None))
     if steps is None:
         raise ValueError("param_groups have no 'step_count', expected the number of steps")
@@ -208,16 +195,7 @@ def _converted(
             return x * (1 - group["betas"][0] ** max(int(steps) - 1, 0))
         return x if name != "momentum" or x is None else _sum_of_gradients(source, x, int(steps), group["betas"][0])
 
-    converted: dict[int, Entries] = {}
-    for k in params:
-        converted[k] = {}
-        for name, view in views[str(k)].items():
-            x = value(k, name.rsplit(".", 1)[-1], view)
-            if x is None or x.numel() != view.numel():
-                got = "nothing" if x is None else f"shape {tuple(x.shape)}"
-                raise ValueError(f"state[{k}]: {name!r} would be {got}, expected shape {tuple(view.shape)}")
-            converted[k][name] = x.detach().reshape(view.shape).to(view.dtype).clone()
-    return converted
+    return filled(source.recipe, options, params, value)
 
 
 def _factor(entries: Entries, kind: str, mode: int, packed: bool) -> Tensor | None:
