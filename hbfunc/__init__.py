@@ -62,6 +62,7 @@ from hbfunc.optimizers.soap import (
     PrecondScheduleSOAP,
     soap,
 )
+from hbfunc.optimizers.split import SplitOpt
 from hbfunc.partitions import freeze, masked, partition
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.presence import with_presence
@@ -128,6 +129,7 @@ __all__ = [
     "PurePSGD",
     "RMSprop",
     "SFAdamW",
+    "SplitOpt",
     "Transform",
     "a_law_compress",
     "accumulate",
@@ -203,3 +205,11 @@ __all__ = [
     "with_presence",
     "with_storage",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Raise AttributeError; for what HeavyBall 3 has and hbfunc has not, with the nearest thing."""
+    from hbfunc.optimizers.heavyball3 import NEAREST
+
+    more = f": HeavyBall 3 has it, hbfunc has not; nearest: {NEAREST[name]}" if name in NEAREST else ""
+    raise AttributeError(f"module 'hbfunc' has no attribute {name!r}{more}", name=name)

@@ -30,6 +30,7 @@ from hbfunc.chainable.guards import (
 )
 from hbfunc.chainable.lift import as_transform
 from hbfunc.chainable.optimizers import BaseOpt, ChainOpt, ScheduleFree, chain, str_or_fn
+from hbfunc.chainable.routes import Parallel, Route, route
 from hbfunc.chainable.rules import (
     exp_avg,
     heavyball_momentum,
@@ -52,10 +53,14 @@ from hbfunc.chainable.rules import (
 )
 from hbfunc.optim.groups import use_default
 
+no_state_no_multi_tensor = no_state_no_foreach  # HeavyBall 3's name
+
 __all__ = [
     "BaseOpt",
     "ChainOpt",
     "FunctionTransform",
+    "Parallel",
+    "Route",
     "ScheduleFree",
     "SkipUpdate",
     "as_transform",
@@ -67,8 +72,10 @@ __all__ = [
     "nesterov_momentum",
     "no_state",
     "no_state_no_foreach",
+    "no_state_no_multi_tensor",
     "orthogonalize_update",
     "palm_beta2",
+    "route",
     "scale_by_adam",
     "scale_by_adopt",
     "scale_by_delayed_psgd",
@@ -86,3 +93,30 @@ __all__ = [
     "use_default",
     "zero_guard",
 ]
+
+_NEAREST = {  # what HeavyBall 3 has here and hbfunc has not
+    **dict.fromkeys(("scale_by_nadam", "update_by_nadam"), "hbfunc.nadamw"),
+    **dict.fromkeys(("scale_by_ademamix", "update_by_ademamix"), "hbfunc.ademamix"),
+    **dict.fromkeys(("nesterov_ema", "mup_approx"), "nesterov_momentum"),
+    **dict.fromkeys(("scale_by_kl_soap", "scale_by_kl_shampoo", "scale_by_soap_laprop"), "scale_by_soap"),
+    **dict.fromkeys(("scale_by_soap_nadam", "scale_by_soap_ademamix", "scale_by_heavy_soap"), "scale_by_soap"),
+    **dict.fromkeys(("scale_by_psgd_pro", "scale_by_psgd_lra", "scale_by_lather"), "scale_by_psgd"),
+    **dict.fromkeys(("update_by_psgd_pro", "update_by_psgd_lra"), "update_by_psgd"),
+    **dict.fromkeys(("scale_by_unscaled_adam", "scale_by_suds"), "scale_by_adam"),
+    **dict.fromkeys(("update_by_adamc", "update_by_hyperball"), "update_by_adam"),
+    "orthogonalize_grad_to_param": "orthogonalize_update",
+    "sign": "hbfunc.lion, or a function of yours",
+    "mars": "the option mars=True",
+    "apply_update": "the end of every chain",
+    "identity": "hbfunc.utils.identity",
+    "global_clip": "gradient_clipping, given a function of all tensors",
+    **dict.fromkeys(
+        ("WarmupGuard", "warmup_guard", "TagGuard", "SqueezeGrad"), "general_guard"
+    ),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Raise AttributeError; for what HeavyBall 3 has and hbfunc has not, with the nearest thing."""
+    more = f": HeavyBall 3 has it, hbfunc has not; nearest: {_NEAREST[name]}" if name in _NEAREST else ""
+    raise AttributeError(f"module 'hbfunc.chainable' has no attribute {name!r}{more}", name=name)

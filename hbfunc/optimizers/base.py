@@ -19,6 +19,7 @@ from hbfunc.optim.groups import use_default
 from hbfunc.optim.scheduled import with_schedules
 from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.optim.unit import Unit
+from hbfunc.optimizers.heavyball3 import translated
 from hbfunc.parametric import ParametricSchedule
 from hbfunc.pipeline import same_source
 from hbfunc.ranges import plain
@@ -80,6 +81,12 @@ class RecipeOptimizer(BaseOpt):
             cls.__signature__ = cls._arguments  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        known = self._arguments.parameters
+        kwargs, settings = translated(kwargs, known)
+        absent = [k for k, v in kwargs.items() if v is use_default and k in known and not _has_attribute(type(self), k)]
+        kwargs = {k: v for k, v in kwargs.items() if k not in absent}
+        for name, value in settings.items():
+            setattr(self, name, value)
         try:
             bound = self._arguments.bind(*args, **kwargs)
         except TypeError as error:
@@ -101,13 +108,25 @@ class RecipeOptimizer(BaseOpt):
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What is passed to the recipe: its options in a param group, and the settings of `hbfunc.utils`."""
-        settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
-        return {k: v for k, v in {**settings, **with_schedules(group)}.items() if k in self.options_of_recipe}
+        return {**self.settings(), **{k: v for k, v in with_schedules(group).items() if k in self.options_of_recipe}}
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """What the recipe takes from `hbfunc.utils`, as it is now."""
+        every = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
+        return {k: v for k, v in every.items() if k in cls.options_of_recipe}
+
+    @classmethod
+    def arguments(cls) -> Mapping[str, inspect.Parameter]:
+        """The arguments of the class, by name."""
+        return cls._arguments.parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base class. Raises TypeError too for an option that other classes have and this one has not, unless it
         is off."""
         known = self._arguments.parameters
+        if "multi_tensor" in param_group:
+            param_group, _ = translated(param_group, {*known, *param_group})
         for name, value in param_group.items():
             if name not in known and value and any(name in cls.options_of_recipe for cls in OPTIMIZERS.values()):
                 raise TypeError(f"{name}={value!r} in a param group: {type(self).__name__} has no such option")
