@@ -39,6 +39,7 @@ from hbfunc.optim.wrapped import FromTransform as FromTransform
 from hbfunc.optimizers.partitioned import MatricesTo as MatricesTo
 from hbfunc.optimizers.partitioned import embeddings_and_head as embeddings_and_head
 from hbfunc.optimizers.partitioned import matrices_to as matrices_to
+from hbfunc.optimizers.split import SplitOpt as SplitOpt
 from hbfunc.partitions import freeze as freeze
 from hbfunc.partitions import masked as masked
 from hbfunc.partitions import partition as partition
