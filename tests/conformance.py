@@ -408,7 +408,7 @@ TABLE: list[Row] = [
     *first_order(hbfunc.adamw, own={"add-eps": {"eps": 0.4, "add_eps": True}}),
     *first_order(hbfunc.laprop),
     *first_order(hbfunc.adopt, "clip_exp", own=ADOPT, clip_exp=0.1),
-    *first_order(hbfunc.rmsprop),
+    *first_order(hbfunc.rmsprop, own={"add-eps": {"eps": 0.4, "add_eps": True}}),
     *first_order(hbfunc.sfadamw, "r", "weight_lr_power", r=0.5, weight_lr_power=1.5, own=SCHEDULE_FREE),
     Row("adamw-combined-bfloat16", hbfunc.adamw, {**MANY, **BFLOAT16}, None, numbers=SHARED, without=STOCHASTIC),
     *COMBINATORS,

@@ -92,7 +92,7 @@ def test_the_same_numbers_by_either_name():
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        ("AdamW", {"ecc": "bf16+8"}, "ecc='bf16\\+8': expected None, .*nearest: storage_dtype="),
+        ("AdamW", {"ecc": "bf16+8"}, "ecc='bf16\\+8': expected None; nearest: storage_dtype="),
         ("AdamW", {"orig_shapes": {0: (3, 4)}}, "orig_shapes=.*nearest: FSDP2"),
         ("SOAP", {"storage_dtype": "bfloat16"}, "storage_dtype='bfloat16': expected 'float32'"),
         ("PSGDKron", {"precond_grad_accum": True}, "precond_grad_accum=True: expected False"),

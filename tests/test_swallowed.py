@@ -31,6 +31,11 @@ IDLE: dict[str, dict[str, Any]] = {
     "sfadamw": {"caution": True},
     "muon": {"palm": True},
 }
+# Refused, where what a class stands for leaves an option no room.
+REFUSED = {
+    "PrecondScheduleForeachSOAP": {"refresh_phase": 1},
+    "PrecondSchedulePaLMForeachSOAP": {"refresh_phase": 1},
+}
 # Of a class, where what it stands for leaves an option no room.
 NO_ROOM = {
     **dict.fromkeys(
@@ -98,6 +103,10 @@ def test_no_option_is_swallowed(name: str, option: str) -> None:
     if option in idle:
         with pytest.warns(UserWarning, match=option):
             outcome(name, {option: idle[option]}, SHAPES)
+        return
+    if option in (refused := REFUSED.get(name, {})):
+        with pytest.raises(ValueError, match=f"{option}={refused[option]}: expected"):
+            outcome(name, {option: refused[option]}, SHAPES)
         return
     for kwargs, shapes in rows(name, option):
         default = getattr(CLASSES[name], option, inspect.signature(CLASSES[name]).parameters[option].default)

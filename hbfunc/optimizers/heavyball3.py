@@ -40,24 +40,24 @@ NEAREST = {  # what HeavyBall 3 has at its top and hbfunc has not
     "capture_param_shapes": "nothing: FSDP2's parameters know their shapes",
 }
 _SETTINGS = ("compile_step", "promote")  # of an optimizer, not of its groups
-_OFF = {  # options there and not here, and the value at which they do nothing; and what is nearest to them
+_OFF = {  # options there and not here, and the value at which they do nothing; and what is nearest to them, if anything
     "ecc": (None, 'storage_dtype="bfloat16", stochastically rounded'),
     "param_ecc": (None, "bfloat16 parameters, which are rounded stochastically"),
     "orig_shapes": (None, "FSDP2, whose parameters know their shapes"),
-    "storage_dtype": ("float32", "nothing"),
+    "storage_dtype": ("float32", ""),
     "cautious_weight_decay": (False, "caution=True, which is about the update"),
-    "precond_grad_accum": (False, "nothing"),
-    "palm": (False, "nothing"),
-    "beta2_scale": (0.8, "nothing"),
-    "lower_bound_beta": (0.9, "nothing"),
-    "dampening": (1e-9, "nothing"),
-    "precond_update_power_iterations": (2, "nothing"),
+    "precond_grad_accum": (False, ""),
+    "palm": (False, ""),
+    "beta2_scale": (0.8, ""),
+    "lower_bound_beta": (0.9, ""),
+    "dampening": (1e-9, ""),
+    "precond_update_power_iterations": (2, ""),
     "precond_init_scale": (None, "a number"),
     "precond_init_scale_scale": (1, "precond_init_scale"),
     "precond_init_scale_power": (None, "precond_init_scale"),
-    "finite_differences": (False, "nothing"),
-    "fallback_to_finite_differences": (True, "nothing"),
-    "hvp_interval": (1, "nothing"),
+    "finite_differences": (False, ""),
+    "fallback_to_finite_differences": (True, ""),
+    "hvp_interval": (1, ""),
     "hessian_approx": (False, "hbfunc.FromTransform(..., curvature=True)"),
 }
 
@@ -95,8 +95,8 @@ def translated(given: Mapping[str, Any], known: Collection[str]) -> tuple[dict[s
         if options[name] in (off, use_default) and (name not in known or options[name] is None):
             del options[name]
         elif name not in known:
-            what = f"{name}={short(options[name])}: expected {off!r}"
-            raise TypeError(f"{what}, it is no option here; nearest: {nearest}")
+            what = f"unexpected keyword argument {name!r}: {name}={short(options[name])}: expected {off!r}"
+            raise TypeError(f"{what}; nearest: {nearest}" if nearest else what)
     settings = {k: v for k, v in settings.items() if v is not use_default}
     check_flags(**settings)
     return options, settings

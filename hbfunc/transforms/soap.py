@@ -65,7 +65,7 @@ def scale_by_soap(
     beta1, beta2: of the inner rule, which counts its own steps (so does a schedule, `palm_beta2` for one).
     precondition_frequency: due when t is a multiple of it; a tensor may differ between the lanes of a `torch.vmap`.
     refresh_phase: due when t - refresh_phase is that multiple: 1 is as in the authors' code, whose count begins at the
-        second step.
+        second step. Without use_precond_schedule only.
     use_precond_schedule: due with probability `refresh_probability(t, *precond_scheduler)` instead, drawn from a key in
         the state, once per step for all leaves of the same count.
     max_precond_dim: larger dims have no factor, like dims of size 1 and leaves of one dim (but see precondition_1d).
@@ -88,6 +88,8 @@ def scale_by_soap(
     check_number("shampoo_beta", shampoo_beta, 0, 1, open_high=True)
     _check_choices(precondition_frequency, max_precond_dim, data_format, inner, precond_scheduler)
     check_int("refresh_phase", refresh_phase, 0)
+    if use_precond_schedule and refresh_phase:
+        raise ValueError(f"refresh_phase={refresh_phase}: expected 0 with use_precond_schedule, which draws the refreshes")
     due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None, refresh_phase)
     first, again = partial(_first, stop_gradient=stop_gradient), partial(_again, stop_gradient=stop_gradient)
 
