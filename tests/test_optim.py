@@ -611,7 +611,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(name, steps):
         other.load_state_dict(source.state_dict())
     torchs = torch.optim.AdamW(theirs)
     train(torchs, theirs, range(1))
-    with pytest.raises(ValueError, match="torch.optim's: hbfunc.convert.from_torch"):
+    with pytest.raises(ValueError, match=r"torch\.optim's: hbfunc\.convert\.from_torch"):
         optimizer.load_state_dict(torchs.state_dict())
     train(optimizer, params, range(steps, steps + 1))
     reference, others = two_groups(name)

@@ -89,7 +89,7 @@ def scale_by_soap(
     _check_choices(precondition_frequency, max_precond_dim, data_format, inner, precond_scheduler)
     check_int("refresh_phase", refresh_phase, 0)
     if use_precond_schedule and refresh_phase:
-        raise ValueError(f"refresh_phase={refresh_phase}: expected 0 with use_precond_schedule, which draws the refreshes")
+        raise ValueError(f"refresh_phase={refresh_phase}: expected 0 with use_precond_schedule=True")
     due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None, refresh_phase)
     first, again = partial(_first, stop_gradient=stop_gradient), partial(_again, stop_gradient=stop_gradient)
 
