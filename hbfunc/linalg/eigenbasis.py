@@ -1,7 +1,7 @@
 """Eigenbases of stacked covariances, one per mode of a tensor, and the rotations into them and back (SOAP).
 
-Vyas et al. 2024, "SOAP: improving and stabilizing Shampoo using Adam", arXiv 2409.11321. An eigendecomposition opens;
-afterwards one step of orthogonal iteration at a time follows the slowly moving covariance.
+Vyas et al. 2024, "SOAP: improving and stabilizing Shampoo using Adam", arXiv 2409.11321. The first basis comes from an
+eigendecomposition; later, one step of orthogonal iteration at a time follows the slowly moving covariance.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def eigenbasis(gg: Tensor) -> Tensor:
 
 @own_precision
 def refresh(q: Tensor, gg: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of orthogonal iteration from basis q on gg, both [..., n, n]: the new basis, and the old columns' order.
+    """One step of orthogonal iteration from the basis q on gg, both [..., n, n]. Returns (new basis, order).
 
     order [..., n] (int64) sorts the columns of q by diag(q^T gg q), descending and stable; the new basis is the Q
-    factor of gg q_sorted. What was kept per column of q moves along by `order`. Householder QR keeps the result
-    orthonormal where gg has no full rank: directions that gg does not reach are completed arbitrarily, those of a zero
-    gg by the identity. The derivative exists for full rank only.
+    factor of gg q_sorted. Whatever is kept per column of q has to be sorted by `order` too. Householder QR keeps the
+    result orthonormal where gg lacks full rank: directions that gg does not reach are completed arbitrarily, those of a
+    zero gg by the identity. Differentiable for full rank only.
     """
     moved = gg @ q
     order = (q * moved).sum(-2).argsort(dim=-1, descending=True, stable=True)
@@ -45,11 +45,11 @@ def refresh(q: Tensor, gg: Tensor) -> tuple[Tensor, Tensor]:
 
 @own_precision
 def project(x: Tensor, qs: Sequence[Tensor | None]) -> Tensor:
-    """Coordinates of x [..., d1, ..., dr] in one basis [..., d, d] per mode, None for the standard one: Q1^T x Q2."""
+    """Coordinates of x [..., d1, ..., dr] in one basis [..., d, d] (or None) per mode: Q1^T x Q2 for two modes."""
     return modes.multiply(x, qs)
 
 
 @own_precision
 def project_back(x: Tensor, qs: Sequence[Tensor | None]) -> Tensor:
-    """The inverse of `project`: Q1 x Q2^T."""
+    """Rotate coordinates back, the inverse of `project`: Q1 x Q2^T for two modes."""
     return modes.multiply(x, [None if q is None else q.transpose(-2, -1) for q in qs])

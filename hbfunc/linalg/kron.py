@@ -35,7 +35,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
 @own_precision
 def apply(qs: Sequence[Tensor], x: Tensor) -> Tensor:
-    """The preconditioned x: kron(Q^T Q) x, [..., d1, ..., dr]."""
+    """Precondition x [..., d1, ..., dr]: kron(Q^T Q) x."""
     return _whiten(qs, _whiten(qs, x), transposed=True)
 
 
@@ -47,7 +47,7 @@ def gram(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
 
 @own_precision
 def apply_gram(ps: Sequence[Tensor], x: Tensor) -> Tensor:
-    """`apply` from the factors that `gram` made."""
+    """Precondition x as `apply` does, with the factors that `gram` made."""
     lead = x.ndim - len(ps)
     for mode, p in enumerate(ps):
         if _is_diagonal(p, lead):
@@ -56,7 +56,7 @@ def apply_gram(ps: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def damp(g: Tensor, noise: Tensor, lead: int = 1) -> Tensor:
-    """g plus noise of relative size sqrt(eps32): it bounds the condition of what `fit` learns. Zero stays zero."""
+    """Add sqrt(2^-23) |g| / numel times `noise` to g, which bounds the condition of what `fit` learns."""
     size = math.sqrt(torch.finfo(torch.float32).eps) / math.prod(g.shape[lead:])
     return g + size * torch.linalg.vector_norm(g, dim=tuple(range(lead, g.ndim)), keepdim=True) * noise
 
@@ -102,10 +102,9 @@ def _gram_times(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 
 def balance(qs: Sequence[Tensor], lead: int = 1, where: Tensor | None = None) -> list[Tensor]:
-    """The same P from factors whose largest entries agree, at their geometric mean: none of them overflows alone.
+    """Scale the factors so that their largest entries agree, and none overflows alone; their product stays the same.
 
-    qs: as matrices, diagonals or packed. where: bool, which of the stacked tensors are balanced (all); the factors of
-    the others stay as they are.
+    qs: as matrices, diagonals or packed. where: bool, the stacked tensors whose factors are balanced; None for all.
     """
     if len(qs) == 1:
         return list(qs)

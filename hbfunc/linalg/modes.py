@@ -23,14 +23,14 @@ def rows(x: Tensor, mode: int, order: int) -> Tensor:
 
 
 def map_rows(fn: Callable[[Tensor], Tensor], x: Tensor, mode: int, order: int) -> Tensor:
-    """x with `fn` applied to the rows of a mode; `fn` keeps their shape."""
+    """Apply `fn`, which keeps shapes, to the rows of a mode of x."""
     shape = x.movedim(mode - order, -1).shape
     return fn(rows(x, mode, order)).reshape(shape).movedim(-1, mode - order)
 
 
 @own_precision
 def multiply(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """Rows of mode i times matrices[i] [..., d, d], None for the identity: for two modes, M1^T x M2. Contiguous."""
+    """Multiply the rows of mode i by matrices[i] [..., d, d] or None; for two modes, M1^T x M2. Contiguous."""
     for mode, matrix in enumerate(matrices):
         if matrix is not None:
             x = map_rows(partial(torch.matmul, other=matrix), x, mode, len(matrices))

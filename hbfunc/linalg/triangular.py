@@ -17,7 +17,7 @@ _BLOCK = 384  # columns; smaller blocks save more multiplications, but make more
 
 
 def blocks(n: int) -> list[slice]:
-    """n columns, in ranges of nearly equal length."""
+    """Split n columns into ranges of nearly equal length."""
     count = max(n // _BLOCK, 1)
     ends = [n * i // count for i in range(count + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]
@@ -50,7 +50,7 @@ def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
 
 @own_precision
 def upper_gram(rows: Tensor) -> list[Tensor]:
-    """rows^T rows for rows [..., r, n], for each block of columns its rows, from the diagonal to the right."""
+    """rows^T rows for rows [..., r, n]: for each block of columns its rows, from the diagonal to the right."""
     columns = rows.transpose(-2, -1)
     return [columns[..., at, :] @ rows[..., at.start :] for at in blocks(rows.shape[-1])]
 

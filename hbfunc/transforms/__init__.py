@@ -1,1 +1,1 @@
-"""The rules, one file per family."""
+"""Update rules, one file per family; each is a function that returns a `hbfunc.contract.Transform`."""

@@ -1,6 +1,8 @@
 """Rules that divide by a running root mean square: RMSprop, Adam, LaProp, ADOPT.
 
-Averages are kept debiased (`ema_weight`), in the dtype of the computation.
+All work element by element. u is the update that comes in, t a leaf's own count of steps, from 1. avg(x, beta) is the
+debiased exponential average of x, that is Adam's x_hat: at step t the new x enters with weight
+(1 - beta) / (1 - beta^t). Averages are kept in float32, or in float64 for float64 parameters.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment, per
 
 
 def ema(average: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The average moved towards x by `weight`."""
+    """Move an average towards x: average + weight * (x - average)."""
     return average + (x - average) * weight
 
 
 def denominator(v: Tensor, eps: float | Tensor, add_eps: bool = False) -> Tensor:
-    """max(sqrt(v), eps), as the root of a clamp: its derivative at v = 0 is 0, where that of the root is infinite. With
-    `add_eps`, sqrt(v) + eps."""
+    """max(sqrt(v), eps), or sqrt(v) + eps with `add_eps`.
+
+    The root is that of a clamped v, so that the derivative at v = 0 is 0; that of sqrt(v) is infinite there.
+    """
     tiny = torch.finfo(v.dtype).tiny
     if add_eps:
         return torch.sqrt(torch.clamp(v, min=tiny)) + in_dtype_of(v, eps)
@@ -33,22 +37,24 @@ def denominator(v: Tensor, eps: float | Tensor, add_eps: bool = False) -> Tensor
 
 
 def check_adam(beta1: Number, beta2: Number, eps: float | Tensor) -> None:
+    """Raise unless beta1 and beta2 are in [0, 1) and eps in [0, inf), as Adam and its relatives need."""
     check_number("beta1", beta1, 0, 1, open_high=True)
     check_number("beta2", beta2, 0, 1, open_high=True)
     check_number("eps", eps, 0, float("inf"), open_high=True)
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise TypeError for what is no bool."""
+    """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}={short(value)}: expected True or False")
 
 
 @remembered
 def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8, *, add_eps: bool = False) -> Transform:
-    """RMSprop (Hinton 2012, lecture 6e), debiased: u / max(sqrt(v), eps) with v the average of u^2.
+    """RMSprop (Hinton 2012, lecture 6e), debiased: u / max(sqrt(v), eps) with v = avg(u^2, beta2).
 
-    add_eps: sqrt(v) + eps in place of the maximum, as in torch.optim.
+    beta2: in [0, 1). eps: at least 0. add_eps: divide by sqrt(v) + eps instead, as torch.optim does.
+    Raises ValueError for a number outside its range, TypeError for what is not a number.
     """
     check_adam(0.0, beta2, eps)
     check_flag("add_eps", add_eps)
@@ -70,8 +76,12 @@ def scale_by_exp_avg_sq(beta2: Number = 0.99, eps: float | Tensor = 1e-8, *, add
 def scale_by_adam(
     beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8, *, add_eps: bool = False
 ) -> Transform:
-    """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), with max(sqrt(v), eps) in place of sqrt(v) + eps, which
-    `add_eps` asks for."""
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1): m / max(sqrt(v), eps), m = avg(u, beta1) and
+    v = avg(u^2, beta2).
+
+    beta1, beta2: in [0, 1). eps: at least 0. add_eps: divide by sqrt(v) + eps instead, as the paper and torch.optim do.
+    Raises ValueError for a number outside its range, TypeError for what is not a number.
+    """
     check_adam(beta1, beta2, eps)
     check_flag("add_eps", add_eps)
 
@@ -88,7 +98,12 @@ def scale_by_adam(
 
 @remembered
 def scale_by_laprop(beta1: Number = 0.9, beta2: Number = 0.99, eps: float | Tensor = 1e-8) -> Transform:
-    """LaProp (Ziyin et al. 2020, arXiv 2002.04839, algorithm 1): the average of the normalised gradient."""
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839, algorithm 1): avg(u / max(sqrt(v), eps), beta1) with
+    v = avg(u^2, beta2).
+
+    beta1, beta2: in [0, 1). eps: at least 0. Raises ValueError for a number outside its range, TypeError for what is
+    not a number.
+    """
     check_adam(beta1, beta2, eps)
 
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
@@ -110,13 +125,18 @@ def scale_by_adopt(
     clip_exp: float | Tensor | None = 0.25,
     debias: bool = True,
 ) -> Transform:
-    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853) as its authors have it: normalise by the *previous* v, clip the
-    result to +-(t - 1)^clip_exp, then average it, plainly: m starts at 0 and is not debiased.
+    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853), as in its authors' code: normalise by the *previous* v.
 
-    The first step sets v = u^2 and returns zeros.
-    clip_exp: None does not clip. Then an element whose v is still 0, one that has had no gradient so far, adds nothing
-        to m, where the rule without the clip would add u / eps.
-    debias: v as a debiased average, or, with False, plain from v = u^2, which is the authors' code number by number.
+    t = 1: v = u^2, and the update is 0. Later, with c = (t - 1)^clip_exp,
+    m <- beta1 m + (1 - beta1) clamp(u / max(sqrt(v), eps), -c, c), then v <- avg(u^2, beta2). The update is m, which
+    starts at 0 and is not debiased.
+
+    beta1, beta2: in [0, 1). eps: at least 0.
+    clip_exp: at least 0; None does not clip. Then an element whose v is still 0, because all of its gradients were,
+        adds nothing to m, where u / max(sqrt(v), eps) would be u / eps.
+    debias: False keeps v as a plain average that starts at u^2, which is the authors' code number by number.
+
+    Raises ValueError for a number outside its range, TypeError for what is not a number.
     """
     check_adam(beta1, beta2, eps)
     if clip_exp is not None:
@@ -145,5 +165,5 @@ def scale_by_adopt(
 
 
 def two_moments(params: Leaves) -> State:
-    """count, exp_avg and exp_avg_sq, all zero."""
+    """The state of a rule with two moments: count, exp_avg and exp_avg_sq, all zero."""
     return {"count": count_zeros(params), "exp_avg": zeros(params), "exp_avg_sq": zeros(params)}

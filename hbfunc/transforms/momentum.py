@@ -15,7 +15,10 @@ from hbfunc.transforms.adaptive import ema
 
 @remembered
 def exp_avg(beta: Number = 0.9) -> Transform:
-    """The debiased exponential average of the updates."""
+    """Debiased exponential average of the updates: m <- m + (1 - beta) / (1 - beta^t) * (u - m), m_0 = 0; u -> m.
+
+    beta: in [0, 1); otherwise raises ValueError.
+    """
     check_number("beta", beta, 0, 1, open_high=True)
 
     def init(params: Leaves) -> State:
@@ -32,13 +35,19 @@ def exp_avg(beta: Number = 0.9) -> Transform:
 
 @remembered
 def heavyball_momentum(beta: Number = 0.9) -> Transform:
-    """The heavy ball (Polyak 1964): s <- beta * s + u; the update is s."""
+    """Heavy-ball momentum (Polyak 1964): s <- beta * s + u, s_0 = 0; u -> s.
+
+    beta: in [0, 1); otherwise raises ValueError.
+    """
     return _momentum("heavyball_momentum", beta, lambda u, s, beta: s)
 
 
 @remembered
 def nesterov_momentum(beta: Number = 0.9) -> Transform:
-    """Nesterov's momentum as in Sutskever et al. 2013: s <- beta * s + u; the update is u + beta * s."""
+    """Nesterov's momentum as in Sutskever et al. 2013: s <- beta * s + u, s_0 = 0; u -> u + beta * s.
+
+    beta: in [0, 1); otherwise raises ValueError.
+    """
     return _momentum("nesterov_momentum", beta, lambda u, s, beta: u + beta * s)
 
 

@@ -65,20 +65,30 @@ def scale_by_psgd(
     curvature: bool = False,
     seed: int | Tensor = 0,
 ) -> Transform:
-    """u -> kron(Q^T Q) u. Factors are fitted, on some steps, before they are applied; `delayed`: after.
+    """Precondition the updates by PSGD-Kron: u -> P u, P = kron(Q_0^T Q_0, Q_1^T Q_1, ...), one Q per dim.
 
-    precond_lr: step size of the fit. precond_init_scale: of the root of P; each Q starts at scale^(1/ndim) I.
-    preconditioner_update_probability: of a fit; a number, or a function of t. None is `update_probability`.
-    stochastic_schedule: draw from the key; False fits when the sum of the probabilities up to t passes an integer.
-    max_size_triangular, min_ndim_triangular: larger dims, dims of size 1 and leaves of fewer dims get a diagonal Q.
-    memory_save_mode: "one_diag": so does the largest dim (of equals the last); "all_diag": so do all.
-    momentum_into_precond_update: fit on the updates; False fits on `grads`, what the chain was given.
-    merge_dims: multiply dims together up to max_size_triangular. split: cut larger ones into blocks of that size.
-    store_triu_as_line: pack triangles into vectors: half the memory, the same numbers.
-    q_dtype: of the factors as they are kept: "float32" (float64 for float64 parameters), "bfloat16", stochastically
-        rounded, or "float64".
+    On some steps the factors are fitted, `hbfunc.linalg.kron.fit`, before they are applied.
+
+    precond_lr: step size of the fit, at least 0.
+    precond_init_scale: scale of the root of P at first, above 0: each Q starts at scale^(1/ndim) I.
+    preconditioner_update_probability: probability of a fit at a step, in [0, 1]: a number, or a function of t. None is
+        `update_probability`.
+    max_size_triangular, min_ndim_triangular: dims that are larger or of size 1, and all dims of parameters with fewer
+        dims, get a diagonal Q; the others a triangular one.
+    memory_save_mode: "one_diag" makes the Q of the largest dim (of equals, the last) diagonal too, "all_diag" all.
+    momentum_into_precond_update: fit on the updates that come in; False fits on `grads`, the gradients that the chain
+        was given.
+    merge_dims: multiply neighbouring dims together as long as the product is at most max_size_triangular.
+    split: cut dims that are larger than max_size_triangular into blocks of that size.
+    store_triu_as_line: keep triangles as vectors: half the memory, the same numbers.
+    q_dtype: dtype in which the factors are kept: "float32" (float64 for float64 parameters), "float64", or "bfloat16",
+        to which they are rounded stochastically.
+    stochastic_schedule: draw from the key whether to fit; False fits when the sum of the probabilities up to t passes
+        an integer.
+    delayed: apply the factors as they were before this step's fit.
     cached: keep Q^T Q too, which halves the work of a step without a fit.
-    curvature: fit on h = H v, which `update` gets by keyword as a function of v, shaped like the parameters:
+    seed: of the key in the state, from which probes and schedule are drawn.
+    curvature: fit on h = H v, where v -> H v is given to `update` by keyword, a function of a tree like the parameters:
 
         hvp = lambda v: torch.func.jvp(torch.func.grad(loss), (params,), (v,))[1]
         updates, state = tx.update(state, grads, params, curvature=hvp)
@@ -87,8 +97,8 @@ def scale_by_psgd(
     who know the step (see `refresh_schedule`): same numbers, and under `torch.vmap`, where None computes a fit at every
     step, less work.
 
-    Raises ValueError or TypeError for an argument outside its range, and in `update` for a `curvature` that is missing,
-    or was not announced.
+    Raises ValueError or TypeError for an argument outside its range; and in `update` ValueError if `curvature` is
+    missing with curvature=True, or given without it.
     """
     newton = curvature  # `update` has an argument of that name
     check_number("precond_lr", precond_lr, 0, float("inf"), open_high=True)
@@ -102,7 +112,8 @@ def scale_by_psgd(
     check_choice("q_dtype", q_dtype, tuple(STORAGE))
 
     def plan(params: Flat) -> dict[str, Factors]:
-        """Leaves of few dims have buckets of their own: they are diagonal, and merging can give others their shape."""
+        """Plan the buckets. Leaves of few dims have their own: all of their factors are diagonal, and a leaf of more
+        dims may be merged to the same shape."""
         make = partial(
             buckets.plan,
             merge=partial(buckets.merge_dims, max_dim=max_size_triangular) if merge_dims else None,
@@ -162,9 +173,9 @@ def scale_by_psgd(
         def fit(
             key: Tensor, keys: Tensor, lr: Tensor, t: Tensor, due: Tensor, balanced: Tensor, *stacks: Tensor
         ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-            """All factors, fitted; with refresh=None where due. stacks: of gradients, then of factors.
+            """Fit the factors (with refresh=None, those that are due); stacks: the gradients, then the factors.
 
-            As they are kept, and as matrices, which are those of a fit in all rows.
+            Returns the factors as stored, and the same as matrices (not masked by `due`).
             """
             rest = iter(stacks)
             g = {} if newton else {n: next(rest) for n in active}
@@ -228,7 +239,7 @@ def scale_by_psgd(
         return torch.as_tensor(p, dtype=torch.float64, device=t.device)
 
     def reached(state: State, t: Tensor, paths: list[str]) -> tuple[Tensor, State]:
-        """Where the sum of probabilities passes an integer, and by leaf the sum so far, modulo 1."""
+        """Whether the sum of probabilities passes an integer, by row; and by leaf the sum so far, modulo 1."""
         total = torch.stack([state["progress"][path] for path in paths]) + probability(t).clamp(0, 1)
         due = total >= _REACHED
         rows = (total - due.to(torch.float64)).unbind()
@@ -260,12 +271,12 @@ class Factors(NamedTuple):
 
     @property
     def low(self) -> bool:
-        """Whether the factors are rounded to be kept."""
+        """Whether the factors are kept in a lower precision than they are computed in."""
         return self.kept_in == torch.bfloat16
 
     @property
     def fields(self) -> list[str]:
-        """Names in the state."""
+        """Names of the factors in the state."""
         order = range(len(self.bucket.shape))
         return [f"Q_{d}" for d in order] + [f"cache_{d}" for d in order if self.cached]
 
@@ -276,7 +287,7 @@ class Factors(NamedTuple):
         return self.store([x.diag_embed() if t else x for x, t in zip(ones, self.triangular, strict=True)])
 
     def store(self, qs: Sequence[Tensor]) -> list[Tensor]:
-        """The factors as they are kept."""
+        """The factors in the form in which they are kept."""
         qs = [q.to(self.kept_in) for q in qs]
         cache = kron.gram([q.to(self.dtype) for q in qs]) if self.cached else []
         return [kron.pack(q) if t and self.packed else q for q, t in zip(qs, self.triangular, strict=True)] + cache
@@ -287,7 +298,7 @@ class Factors(NamedTuple):
         return [(kron.unpack(q, n) if t and self.packed else q).to(self.dtype) for q, n, t in factors]
 
     def apply(self, stored: Sequence[Tensor], x: Tensor, qs: Sequence[Tensor] | None = None) -> Tensor:
-        """kron(Q^T Q) x. qs: the factors in question, if they are at hand as matrices."""
+        """kron(Q^T Q) x. qs: the factors as matrices, if they are at hand, else they are loaded from `stored`."""
         if self.cached:
             return kron.apply_gram(stored[len(stored) // 2 :], x)
         return kron.apply(self.load(stored) if qs is None else qs, x)
@@ -314,11 +325,12 @@ def refresh_schedule(
     key: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[int], bool]:
-    """What `refresh=None` decides at step t = 1, 2, ..., in advance and outside of the graph.
+    """Make the function of t = 1, 2, ... that says, outside of the graph, whether refresh=None fits at step t.
 
-    For callers whose leaves share their count, from the options of `scale_by_psgd`; `key` is the one in its state, and
-    dtype that of the computation, in which the state holds a probability that is a number. A function of t is called
-    with a 0-dim float64 tensor. A deterministic schedule walks through all steps up to t, when it is first asked.
+    For callers whose leaves share their count. The first three arguments and `seed` are options of `scale_by_psgd`;
+    `key` is the one in its state (None: the one that `seed` gives), `dtype` float32, or float64 for float64 parameters:
+    in it the state holds a probability that is a number. A function of t is called with a 0-dim float64 tensor. A
+    deterministic schedule walks through all steps up to t when it is first asked.
 
         due = refresh_schedule(key=state["psgd"]["scale_by_psgd"]["key"])
         updates, state = tx.update(state, grads, params, refresh=due(t))
@@ -350,13 +362,16 @@ def refresh_schedule(
 
 @lru_cache(maxsize=8)
 def _drawn(first: int, second: int, block: int) -> list[float]:
-    """The draws of 1024 steps, by the key (first, second)."""
+    """The draws of 1024 steps from the key (first, second)."""
     with torch.device("cpu"):
         return _draws(torch.tensor([first, second]), torch.arange(1024) + 1024 * block)[0][:, 0].tolist()
 
 
 def probe(key: Tensor, t: int, path: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The v of a leaf at its step t, from the key in the state of `scale_by_psgd`. dtype: float32 or float64."""
+    """The normal probe v of a leaf at its step t, drawn from the key in the state of `scale_by_psgd`.
+
+    dtype: float32 or float64, that of the computation.
+    """
     keys = random.fold_in_each(key, torch.tensor([t], device=key.device), [f"{path}/probe"])
     return random.normal(keys[0], shape, dtype)
 
@@ -369,7 +384,8 @@ def _draws(key: Tensor, t: Tensor, leaves: Sequence[str] = (), count: Flat | Non
 
 
 def _normals(keys: Tensor, like: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-    """For each shape (k, ...) and dtype, draws of the next k keys. A compiled graph has one generator for all."""
+    """Normal draws, for each shape (k, ...) and dtype in `like` from the next k keys. A compiled graph has one
+    generator for all."""
     parts = keys.split([shape[0] for shape, _ in like])
     together: dict[Any, list[int]] = {}
     for i, (_, dtype) in enumerate(like):
@@ -391,7 +407,9 @@ def _products(
     products = curvature(probes)
     for k in v:
         if k not in products:
-            raise ValueError(f"curvature(v) is None for params[{k!r}], expected a product: it has a gradient")
+            raise ValueError(
+                f"curvature(v) has no product for params[{k!r}], expected one: the parameter has a gradient"
+            )
     return {k: probes[k].to(x.dtype) for k, x in v.items()}, {k: products[k] for k in v}
 
 
@@ -408,6 +426,9 @@ def _check_extras(refresh: Any, curvature: Curvature | None, newton: bool) -> No
     if not (refresh is None or isinstance(refresh, bool)):
         raise ValueError(f"refresh={short(refresh)}: expected None, True or False")
     if newton and curvature is None:
-        raise ValueError("curvature=None: expected v -> Hessian-vector product, as curvature=True announced")
+        raise ValueError("curvature=None: expected a function v -> H v, because scale_by_psgd has curvature=True")
     if not newton and curvature is not None:
-        raise ValueError("curvature: got a function, but the factors are fitted on gradients; announce curvature=True")
+        raise ValueError(
+            "curvature: got a function, but this scale_by_psgd fits its factors on gradients; "
+            "build it with curvature=True"
+        )

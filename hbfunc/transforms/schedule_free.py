@@ -4,7 +4,8 @@ The parameters hold y, where gradients are taken. The state holds z, the base se
 
     model = schedule_free_eval_params(state, params)
 
-Running statistics of BatchNorm are gathered at y: before x is evaluated, `hbfunc.recompute_batchnorm` gathers its own.
+In training BatchNorm gathers its running statistics at y; before x is evaluated, let `hbfunc.recompute_batchnorm`
+gather those of x.
 """
 
 from __future__ import annotations
@@ -32,18 +33,20 @@ def schedule_free(
     *,
     largest_rate: bool = False,
 ) -> Transform:
-    """Steps y and z; comes last in a chain, in place of `scale_by_learning_rate` (weight decay comes before it).
+    """Step the base sequence z and the parameters y. Comes last in a chain, in place of `scale_by_learning_rate`;
+    weight decay comes before it.
 
-    w = |lr|^weight_lr_power * max(t, 1)^r; W += w; c = w / W
+    w = |lr|^weight_lr_power * t^r; W += w; c = w / W
     y <- lerp(y, z, c) + u * lr * (beta1 * (1 - c) - 1); z <- z - lr * u; z_0 = p_0
 
-    The extra "rate" is a factor of lr. Behind a learning rate, which takes it then, u is minus the step that it is
-    given. Whatever changes the updates behind this moves y alone.
+    lr: finite. beta1: in (0, 1). weight_lr_power, r: exponents of the rate and of the step in the weight w.
+    largest_rate: use the largest |lr| so far in w, as the authors' package does; the step has its own lr.
 
-    largest_rate: the largest |lr| so far in the weight w, as in the authors' package; the step has its own lr.
+    The extra "rate" of `update` is a factor of lr. After a transform that makes steps already (a learning rate, which
+    then takes "rate" itself), u is minus that step. A transform behind this one changes the step of y alone.
 
-    The state keeps the beta1 that y was made with. Where another one comes (a scheduler, a new value in the state), y
-    moves with it, and the average x goes on as it was.
+    The state keeps the beta1 that y was made with. When beta1 changes (by a scheduler, or a new value in the state), y
+    moves with it, and the average x goes on as it was. Raises ValueError for a number outside its range.
     """
     check_number("lr", lr, float("-inf"), float("inf"), open_low=True, open_high=True)
     check_number("beta1", beta1, 0, 1, open_low=True, open_high=True)
@@ -82,7 +85,7 @@ def schedule_free(
             return torch.stack([state[part][k].to(torch.float64) for k in updates])
 
         def scalars(t: Tensor) -> list[Any]:
-            """The learning rate, c, how far y is pulled to z, beta1, W in two parts, and the largest rate."""
+            """Returns the learning rate, c, how far y is pulled to z, beta1, W in two parts, and the largest rate."""
             now_lr = at(lr, t) if factor is None else at(lr, t) * torch.stack(factor).to(torch.float64)
             largest = abs(now_lr)
             if largest_rate:
@@ -113,27 +116,27 @@ def schedule_free(
 
 
 def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:
-    """The averaged parameters x = lerp(y, z, 1 - 1/beta1), for every leaf of which `state` holds `schedule_free`'s
-    part, wherever in it that is: in parts of a `partition`, inside wrappers. Other leaves stay as they are.
+    """The averaged parameters x = lerp(y, z, 1 - 1/beta1), which Schedule-Free learning evaluates.
 
-    The state knows the beta1 of each. beta1: for a state that does not. Raises ValueError when the state holds no
-    Schedule-Free average, or no beta1 is known.
+    state: any that has the state of `schedule_free` in it, also in parts of a `partition` or inside wrappers.
+    Parameters that are not averaged stay as they are. beta1: for old states only, that do not know their own.
+    Raises ValueError if the state holds no Schedule-Free average, or no beta1 is known.
     """
     return _moved(state, params, beta1, averaged)
 
 
 def schedule_free_train_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:
-    """The inverse of `schedule_free_eval_params`: y = lerp(x, z, 1 - beta1)."""
+    """The parameters y = lerp(x, z, 1 - beta1) to train, from the averaged x: undoes `schedule_free_eval_params`."""
     return _moved(state, params, beta1, trained)
 
 
 def averaged(y: Tensor, z: Tensor, beta1: Tensor) -> Tensor:
-    """x, in the dtype of y."""
+    """The average x = lerp(y, z, 1 - 1/beta1), in the dtype of y."""
     return _lerp(y, z, beta1, lambda beta1: 1 - 1 / beta1)
 
 
 def trained(x: Tensor, z: Tensor, beta1: Tensor) -> Tensor:
-    """y, in the dtype of x."""
+    """The point y = lerp(x, z, 1 - beta1), in the dtype of x."""
     return _lerp(x, z, beta1, lambda beta1: 1 - beta1)
 
 
@@ -149,7 +152,7 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
 def _moved(state: State, params: Tree, beta1: Any, move: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tree:
     averages = dict(_leaves(state, None))
     if not averages:
-        raise ValueError("state holds no Schedule-Free average: expected the state of sfadamw or of schedule_free")
+        raise ValueError("state holds no Schedule-Free average: expected one of sfadamw or schedule_free in it")
     flat, back = flat_params(params, elementwise=True)
     moved = dict(flat)
     for k, (z, known) in averages.items():

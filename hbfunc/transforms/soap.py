@@ -56,25 +56,28 @@ def scale_by_soap(
     stop_gradient: bool = False,
     refresh_phase: int = 0,
 ) -> Transform:
-    """Algorithm 3 of the paper, with debiased averages. With t a leaf's own count:
+    """SOAP, algorithm 3 of arXiv 2409.11321, with debiased averages. With t a leaf's own count of steps, from 1:
 
     t = 1: GG_d = outer product of u over mode d, Q_d its eigenvectors; the update is 0, the moments stay as they are.
     t > 1: the inner rule's step t - 1 on the rotated update; GG_d <- average with shampoo_beta; when due, Q_d <- QR of
     GG_d Q_d, columns ordered by eigenvalue estimate, and the moments move along with the basis.
 
-    beta1, beta2: of the inner rule, which counts its own steps (so does a schedule, `palm_beta2` for one).
-    precondition_frequency: due when t is a multiple of it; a tensor may differ between the lanes of a `torch.vmap`.
-    refresh_phase: due when t - refresh_phase is that multiple: 1 is as in the authors' code, whose count begins at the
-        second step. Without use_precond_schedule only.
+    beta1, beta2: of the inner rule, in [0, 1). A function of t is called with the inner rule's count, t - 1.
+    shampoo_beta: of GG, in [0, 1). eps: at least 0, the inner rule divides by max(sqrt(v), eps).
+    precondition_frequency: Q is due when t is a multiple of it; a tensor may differ between the lanes of a
+        `torch.vmap`.
+    refresh_phase: due when t - refresh_phase is that multiple; 1 gives the steps of the authors' code, whose count
+        begins at the second step. Without use_precond_schedule only.
     use_precond_schedule: due with probability `refresh_probability(t, *precond_scheduler)` instead, drawn from a key in
-        the state, once per step for all leaves of the same count.
-    max_precond_dim: larger dims have no factor, like dims of size 1 and leaves of one dim (but see precondition_1d).
+        the state that `seed` gives, once per step for all leaves of the same count.
+    max_precond_dim: larger dims get no basis, nor do dims of size 1.
+    precondition_1d: give parameters of one dim a basis, too.
     merge_dims: multiply dims together up to max_precond_dim, see `hbfunc.buckets.merge_dims`.
     split: cut dims that are larger than max_precond_dim into chunks; each block is preconditioned by itself.
     data_format: "channels_last" for 4-d leaves whose dims are [out, height, width, in].
     normalize_grads: divide the update of each leaf by its root mean square.
-    correct_bias: debias the moments; False uses plain betas.
-    inner: "adam" or "laprop".
+    correct_bias: debias the moments; False keeps plain averages that start at 0.
+    inner: the rule in the rotated coordinates, "adam" or "laprop".
     stop_gradient: keep derivatives from going through the bases. By default hypergradients are exact; but a covariance
         of deficient rank (rows > steps * columns, dead units) has no derivative, and they may be inf or NaN there.
 
@@ -102,7 +105,7 @@ def scale_by_soap(
         )
 
     def modes(bucket: Bucket) -> list[int]:
-        """Those that have a factor. Merging keeps dim 0: the leaves of a bucket of one dim have no more themselves."""
+        """The modes that get a factor. Merging keeps dim 0, so a bucket of one dim has leaves of one dim."""
         if len(bucket.shape) == 1 and not precondition_1d:
             return []
         return [d for d, size in enumerate(bucket.shape) if 1 < size <= max_precond_dim]
@@ -188,7 +191,10 @@ def scale_by_soap(
 
 
 def refresh_probability(t: Tensor, power: float = 1 / 3, base: float = 9) -> Tensor:
-    """1 / (1 + log10(t^power)^base) of float64 t: 1 at t = 1, .9746 at 100, .5 at 1000, .0698 at 10,000."""
+    """Probability that SOAP's bases are refreshed at step t: 1 / (1 + log10(t^power)^base).
+
+    t: float64. With the defaults 1 at t = 1, .9746 at 100, .5 at 1000, .0698 at 10,000.
+    """
     return 1 / (1 + torch.log10(t**power) ** base)
 
 
@@ -200,9 +206,11 @@ def refresh_schedule(
     key: Tensor | None = None,
     refresh_phase: int = 0,
 ) -> Callable[[int], bool | str]:
-    """What `refresh=None` decides at step t = 1, 2, ..., in advance and outside of the graph: "first", True or False.
+    """Make the function of t = 1, 2, ... that says, outside of the graph, what refresh=None does to the bases at step
+    t: "first" (take eigenvectors), True (refresh) or False.
 
-    For callers whose leaves share their count, from the options of `scale_by_soap`; `key` is the one in its state.
+    For callers whose leaves share their count. The arguments are options of `scale_by_soap`; `key` is the one in its
+    state (None: the one that `seed` gives).
 
         due = refresh_schedule(precondition_frequency=10)
         updates, state = tx.update(state, grads, params, refresh=due(t))
@@ -216,13 +224,13 @@ def refresh_schedule(
 
 @lru_cache(maxsize=8)
 def _drawn(first: int, second: int, power: float, base: float, start: int) -> list[bool]:
-    """Which of the 256 steps from `start` on are due, by the key (first, second)."""
+    """Whether each of the 256 steps from `start` on is due, drawn from the key (first, second)."""
     with torch.device("cpu"):
         return _due(1, (power, base))(torch.arange(start, start + 256), torch.tensor([first, second])).tolist()
 
 
 def _due(frequency: int | Tensor, scheduler: Sequence[float] | None, phase: int = 0) -> Callable[[Tensor, Any], Tensor]:
-    """(counts, key) -> whether each is due, the first step aside."""
+    """Make the function (counts, key) -> whether the bases are due at each count, but for the first step."""
     if scheduler is None:
         return lambda t, key: (t - phase) % at(frequency, t) == 0
     power, base = scheduler
@@ -237,9 +245,9 @@ def _due(frequency: int | Tensor, scheduler: Sequence[float] | None, phase: int 
 def _scalars(
     t: Tensor, stacks: dict[str, Stacks], beta1: Number, beta2: Number, shampoo_beta: Number, correct_bias: bool
 ) -> dict[str, list[Tensor]]:
-    """By bucket, a vector over its rows each: whether they move, the weights of the new in m, v and GG.
+    """Per bucket, four vectors with an entry per row: is it past its first step; the EMA weights of m, v and GG.
 
-    Computed once for all rows, behind an opaque operation, see `per_leaf`.
+    Computed once for all rows, behind an opaque operation, see `hbfunc.schedules.per_leaf`.
     """
     n, moves = t.to(torch.float64), t > 1
     inner = (n - 1).clamp(min=1)
@@ -266,7 +274,7 @@ def _inner_step(
 
 
 def _first(s: Stacks, stop_gradient: bool) -> Stacks:
-    """The bases that open: eigenvectors. Where gradients overflowed (eigh would raise), of what is finite."""
+    """The first bases: eigenvectors of GG, with zeros for what is not finite, because eigh would raise."""
     return {
         key.replace("GG", "Q"): bases.eigenbasis(torch.where(gg.isfinite(), gg.detach() if stop_gradient else gg, 0))
         for key, gg in s.items()
@@ -275,7 +283,7 @@ def _first(s: Stacks, stop_gradient: bool) -> Stacks:
 
 
 def _again(s: Stacks, stop_gradient: bool) -> Stacks:
-    """The bases after an orthogonal iteration. m is rotated from the old ones to them, v permuted with the columns."""
+    """The bases after one orthogonal iteration; m rotated from the old ones to the new, v permuted with the columns."""
     m, v = s["exp_avg"], s["exp_avg_sq"]
     old: list[Tensor | None] = [s.get(f"Q_{d}") for d in range(m.ndim - 1)]
     new = list(old)
@@ -291,7 +299,10 @@ def _again(s: Stacks, stop_gradient: bool) -> Stacks:
 def _where(
     rows: Tensor, rule: Callable[[Stacks], Stacks], changes: tuple[str, ...], stacks: dict[str, Stacks]
 ) -> dict[str, Stacks]:
-    """rule(stacks of a bucket) in the marked rows, computed only if there are any; `changes` are its keys' prefixes."""
+    """Apply `rule` to the stacks of each bucket in the marked rows, and compute it only if there are any.
+
+    changes: prefixes of the keys that the rule returns.
+    """
     stacked = [(n, key) for n, s in stacks.items() if any(k.startswith("GG_") for k in s) for key in s]
     changed = [(n, key) for n, key in stacked if key.startswith(changes)]
     read = [*changed, *[(n, key) for n, key in stacked if key.startswith("GG_")]]
@@ -318,7 +329,7 @@ def _where(
 
 
 def _or_regular(rows: Tensor, gg: Tensor) -> Tensor:
-    """gg, and a matrix with distinct eigenvalues in the rows that are not marked: derivatives are finite there."""
+    """gg in the marked rows; elsewhere a matrix with distinct eigenvalues, whose derivatives are finite."""
     return torch.where(along(rows, gg), gg, torch.arange(1, gg.shape[-1] + 1, dtype=gg.dtype, device=gg.device).diag())
 
 
@@ -327,7 +338,7 @@ def _normalized(u: Tensor) -> Tensor:
 
 
 def _put(state: State, new: dict[str, Stacks], rows: dict[str, Rows]) -> dict[str, Stacks]:
-    """By state key and bucket: the stacks, and the old rows where they have none."""
+    """Sort the new stacks by state key and bucket, with the old rows where there are no new ones."""
     stacks: dict[str, Stacks] = {}
     for name, s in new.items():
         for key, x in s.items():
