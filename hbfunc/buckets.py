@@ -33,6 +33,13 @@ class Block(NamedTuple):
     start: Shape  # where in it the block begins
 
 
+class View(NamedTuple):
+    """What a leaf is seen as: a shape, whose dim -2 is cut into parts of these sizes, if there are any."""
+
+    shape: Shape
+    parts: Shape = ()
+
+
 class Bucket(NamedTuple):
     """Blocks of one shape, dtype and device: the rows of one stack."""
 
@@ -67,12 +74,14 @@ def plan(
     leaves: Mapping[str, Tensor],
     *,
     merge: Callable[[Shape], Shape] | None = None,
+    view: Callable[[str, Tensor], View] | None = None,
     split: int | None = None,
     channels_last: bool = False,
 ) -> dict[str, Bucket]:
     """Buckets by name, for the blocks of all leaves, in their order. Empty leaves have none, 0-d ones count as (1,).
 
     merge: from a leaf's shape to the one that it is given; `matrix_shape`, or `merge_dims` for some max_dim.
+    view: in place of `merge`, what a leaf is seen as, from its path too.
     split: dims larger than this are cut into chunks of this size and a rest, each a block of its own.
     channels_last: move the last dim of 4-d leaves, the channels, to place 1 first.
 
@@ -84,10 +93,12 @@ def plan(
             continue
         order = (0, 3, 1, 2) if channels_last and leaf.ndim == 4 else tuple(range(leaf.ndim))
         shape = tuple([leaf.shape[dim] for dim in order])
-        shape = (merge(shape) if merge else shape) or (1,)
-        chunks = [range(0, size, split or size) for size in shape]
-        for start in itertools.product(*chunks):
-            sizes = tuple([min(split or size, size - begin) for size, begin in zip(shape, start, strict=True)])
+        shape, parts = view(path, leaf) if view else View((merge(shape) if merge else shape) or (1,))
+        chunks = [[(at, min(split or size, size - at)) for at in range(0, size, split or size)] for size in shape]
+        if parts:
+            chunks[-2] = list(zip(itertools.accumulate((0, *parts[:-1])), parts, strict=True))
+        for places in itertools.product(*chunks):
+            start, sizes = tuple([at for at, _ in places]), tuple([size for _, size in places])
             alone = (path, start) if sum(size >= _LARGE for size in sizes) > 1 else None
             key = (sizes, leaf.dtype, leaf.device, alone)
             groups.setdefault(key, []).append(Block(path, order, shape, start))

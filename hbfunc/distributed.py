@@ -116,7 +116,8 @@ class _Plan:
                 if owner_of.setdefault(path, rank) != rank:
                     raise ValueError(
                         f"the blocks of params[{path!r}] in the stack {'.'.join(place)!r} are on ranks "
-                        f"{owner_of[path]} and {rank}, expected all on one: without `split`, or use the class"
+                        f"{owner_of[path]} and {rank}, expected all on one: without `split` or `split_sizes`, or use "
+                        f"the class"
                     )
         rest = {k: matrix_shape(tuple(p.shape)) for k, p in self.leaves.items() if k not in owner_of}
         return owner_of | owners({k: cost(s) for k, s in rest.items()}, rest, world)

@@ -283,6 +283,32 @@ AROUND: dict[str, dict[str, Any]] = {
 }
 
 
+# Which matrices a leaf is made of, and what becomes of them: every option of `orthogonalize`.
+COEFFICIENTS = ((2.5, -2.0, 0.6), (1.5, -0.5, 0.0))
+MADE_OF: dict[str, dict[str, Any]] = {
+    "heads": {
+        "kwargs": {
+            "heads": lambda path, p: 2 if path == "heads" else None,
+            "scale": "rms",
+            "steps": 4,
+            "coefficients": COEFFICIENTS,
+        },
+        "oracle_kwargs": {
+            "orthogonalize": lambda x: oracles.newtonschulz(x, [*COEFFICIENTS, *2 * COEFFICIENTS[1:]]),
+        },
+        "params": {"heads": (4, 3), "other": (2, 3), "bias": (3,)},
+    },
+    "experts": {
+        "kwargs": {
+            "batch_dims": lambda path, p: 1 if path == "experts" else 0,
+            "split_sizes": lambda path, p: (3, 1) if path == "fused" else (1, 2, 1) if path == "experts" else None,
+            "scale": lambda m, n: m / (2 * n),
+        },
+        "params": {"experts": (4, 4, 3), "fused": (4, 3), "kernel": (3, 2, 2), "bias": (3,)},
+    },
+}
+
+
 def muon(factory: Callable[..., hbfunc.Transform], **more: dict[str, Any]) -> list[Row]:
     """The rows of `muon` and `muon_laprop`. more: further sets of options."""
     options: dict[str, dict[str, Any]] = {
@@ -300,6 +326,7 @@ def muon(factory: Callable[..., hbfunc.Transform], **more: dict[str, Any]) -> li
             "params": {"tall": (5, 3), "bias": (3,)},
         },
         "bfloat16": {"kwargs": BFLOAT16, "oracle": None, "without": STOCHASTIC},
+        **MADE_OF,
         **more,
     }
     given = {"orthogonalize": oracles.newtonschulz}

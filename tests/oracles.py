@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]  # of float64
-State = dict[str, Any]
+State = dict[Any, Any]
 Params = dict[str, Array]
 Grads = Sequence[Mapping[str, "Array | None"]]
 Rule = Callable[[Array, State], "Array | None"]
@@ -347,11 +347,13 @@ def iterate_polar(x: Array, coefficients: Sequence[tuple[float, float, float]]) 
     return x
 
 
-def newtonschulz(x: Array) -> Array:
-    """Five quintic steps (K. Jordan) on the wide orientation."""
+def newtonschulz(
+    x: Array, coefficients: Sequence[tuple[float, float, float]] = 5 * [(3.4445, -4.7750, 2.0315)]
+) -> Array:
+    """Five quintic steps (K. Jordan), or others, on the wide orientation."""
     if x.shape[0] > x.shape[1]:
-        return newtonschulz(x.T).T
-    return iterate_polar(x / (np.linalg.norm(x) + 1e-7), [(3.4445, -4.7750, 2.0315)] * 5)
+        return newtonschulz(x.T, coefficients).T
+    return iterate_polar(x / (np.linalg.norm(x) + 1e-7), coefficients)
 
 
 POLAR_EXPRESS = [
@@ -370,11 +372,52 @@ def polar_express(x: Array) -> Array:
     return iterate_polar(x / (1.02 * np.linalg.norm(x) + 1e-6), POLAR_EXPRESS)
 
 
-def orthogonalize_update(u: Array, method: Callable[[Array], Array]) -> Array:
-    if u.ndim < 2:
-        return u
-    x = u.reshape(u.shape[0], -1)
-    return (method(x) * math.sqrt(max(1.0, x.shape[0] / x.shape[1]))).reshape(u.shape)
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "shape": lambda m, n: math.sqrt(max(1.0, m / n)),
+    "rms": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "spectral": lambda m, n: math.sqrt(m / n),
+}
+
+
+def each_matrix(
+    u: Array,
+    fn: Callable[[Array, int], Array],
+    path: str = "",
+    *,
+    scale: Any = "shape",
+    batch_dims: Any = 0,
+    heads: Any = None,
+    split_sizes: Any = None,
+    steps: Any = None,
+    coefficients: Any = None,
+) -> Array:
+    """fn(x, i) for each matrix x of a leaf, the i-th of it, times its scale: the entries of a batch one after the
+    other, and of each its blocks of rows. `steps` and `coefficients` are in the fn."""
+    batch_dims, heads, split_sizes = (o(path, u) if callable(o) else o for o in (batch_dims, heads, split_sizes))
+    out, i = np.array(u), 0
+    for index in np.ndindex(*u.shape[: batch_dims or 0]):
+        if u[index].ndim < 2:
+            continue
+        entry = u[index].reshape(u[index].shape[0], -1)
+        sizes = split_sizes or [len(entry) // (heads or 1)] * (heads or 1)
+        done = []
+        for block in np.split(entry, np.cumsum(sizes)[:-1]):
+            done.append(fn(block, i) * (SCALES[scale] if isinstance(scale, str) else scale)(*block.shape))
+            i += 1
+        out[index] = np.concatenate(done).reshape(u[index].shape)
+    return out
+
+
+def orthogonalize_update(u: Array, method: Callable[[Array], Array], path: str = "", **shapes: Any) -> Array:
+    return each_matrix(u, lambda x, i: method(x), path, **shapes)
+
+
+SHAPES = ("scale", "batch_dims", "heads", "split_sizes", "steps", "coefficients")
+
+
+def apart(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of matrices, and the others."""
+    return {k: v for k, v in options.items() if k in SHAPES}, {k: v for k, v in options.items() if k not in SHAPES}
 
 
 def muon(
@@ -391,10 +434,11 @@ def muon(
     **options: Any,
 ) -> list[Params]:
     """Muon (K. Jordan 2024): s <- beta*s + u, then orthogonalize. `betas[1]`, `eps` and PaLM have nothing to act on."""
+    shapes, options = apart(options)
 
     def rule(u: Array, s: State) -> Array:
         s["m"] = betas[0] * s.get("m", 0.0) + u
-        return orthogonalize_update(u + betas[0] * s["m"] if nesterov else s["m"], orthogonalize)
+        return orthogonalize_update(u + betas[0] * s["m"] if nesterov else s["m"], orthogonalize, s["path"], **shapes)
 
     return run(params, grads, rule, lr, betas[0], **options)
 
@@ -412,10 +456,11 @@ def muon_laprop(
     **options: Any,
 ) -> list[Params]:
     """LaProp, then orthogonalize."""
+    shapes, options = apart(options)
 
     def rule(u: Array, s: State) -> Array:
         decay1, decay2 = b(betas[0], s["t"]), second(betas[1], s["t"], palm, beta2_scale)
-        return orthogonalize_update(scale_by_laprop(u, s, decay1, decay2, eps), orthogonalize)
+        return orthogonalize_update(scale_by_laprop(u, s, decay1, decay2, eps), orthogonalize, s["path"], **shapes)
 
     return run(params, grads, rule, lr, betas[0], **options)
 

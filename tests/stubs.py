@@ -27,9 +27,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from hbfunc.linalg.polar import Coefficients
 from hbfunc.optimizers import {modules}
 from hbfunc.pipeline import Betas, Clipping
 from hbfunc.schedules import Number
+from hbfunc.transforms.orthogonal import Count, Scale, Sizes
 '''
 
 

@@ -8,13 +8,16 @@ wide, that is less work (the "Gram form"). Rounding then acts on squares: bfloat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hbfunc.autocast import own_precision
 from hbfunc.forms import short
+from hbfunc.ranges import check_choice, check_int, check_number
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -36,7 +39,13 @@ _POLAR_EXPRESS_RUNS = (2, 1, 1, 1)  # by .005; (2, 3) by .03
 
 
 @own_precision
-def orthogonalize(x: Tensor, method: str = "newtonschulz") -> Tensor:
+def orthogonalize(
+    x: Tensor,
+    method: str = "newtonschulz",
+    *,
+    steps: int | None = None,
+    coefficients: str | Coefficients | None = None,
+) -> Tensor:
     """The polar factor of each matrix in x [..., m, n], in the shape and dtype of x. Zero matrices give zero.
 
     method: where the singular values go that are in [0.01, 1] relative to the Frobenius norm
@@ -46,13 +55,41 @@ def orthogonalize(x: Tensor, method: str = "newtonschulz") -> Tensor:
         "svd"            to 1, those below the rounding error of the largest to 0; computed in at least float32
         "qr"             another name of "newtonschulz": a QR factor would not be the polar factor
 
-    Raises ValueError for another method, or for fewer than two dimensions.
+    coefficients: of an iteration in place of the method's: (a, b, c) of each step, after division by the Frobenius
+        norm; or the name of the method that has them, which is then the method.
+    steps: how many; the coefficients of the last one repeat. By default as many as there are.
+
+    Raises ValueError or TypeError for another method, for fewer than two dimensions, and for what `check_iteration`
+    does not take.
     """
-    if method not in _METHODS:
-        raise ValueError(f"method={short(method)}: expected one of {', '.join(map(repr, _METHODS))}")
+    check_iteration(method, steps, coefficients)
     if x.ndim < 2:
         raise ValueError(f"x: expected a matrix or a stack of them, [..., m, n], got shape {tuple(x.shape)}")
-    return _METHODS[method](x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if method == "svd":
+        return _svd(wide).to(x.dtype)
+    if coefficients is None or isinstance(coefficients, str):
+        return _ITERATIONS[coefficients or method](wide, steps).to(x.dtype)
+    return _Iteration(coefficients)(wide, steps).to(x.dtype)
+
+
+def check_iteration(method: str, steps: Any, coefficients: Any) -> None:
+    """Raise ValueError or TypeError unless there is such a method, which iterates so: with a positive number of steps,
+    and coefficients that are a name or a sequence of three numbers per step. "svd" does not iterate."""
+    check_choice("method", method, METHODS)
+    if steps is not None:
+        check_int("steps", steps, 1)
+    for name, value in (("steps", steps), ("coefficients", coefficients)):
+        if value is not None and method == "svd":
+            raise ValueError(f"{name}={short(value)} with method='svd', which does not iterate: leave it out")
+    if isinstance(coefficients, str):
+        check_choice("coefficients", coefficients, tuple(_ITERATIONS))
+    elif coefficients is not None:
+        triples = isinstance(coefficients, Sequence) and len(coefficients) > 0
+        if not triples or not all(isinstance(abc, Sequence) and len(abc) == 3 for abc in coefficients):
+            raise TypeError(f"coefficients={short(coefficients)}: expected a name or a sequence of triples (a, b, c)")
+        for number in [number for abc in coefficients for number in abc]:
+            check_number("coefficients", number, -math.inf, math.inf, open_low=True, open_high=True)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -63,35 +100,44 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.device.type != "cpu" or _AMX else torch.float32
 
 
-def _newton_schulz(x: Tensor) -> Tensor:
-    return _iterate(x / (_norm(x) + 1e-7), _QUINTIC, _QUINTIC_RUNS)
-
-
-def _polar_express(x: Tensor) -> Tensor:
-    return _iterate(x / (1.02 * _norm(x) + 1e-6), _POLAR_EXPRESS, _POLAR_EXPRESS_RUNS)
-
-
 def _svd(x: Tensor) -> Tensor:
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     rounding = s[..., :1] * (max(x.shape[-2:]) * torch.finfo(x.dtype).eps)
     return (u * (s > rounding).unsqueeze(-2)) @ vh
 
 
-_METHODS: dict[str, Callable[[Tensor], Tensor]] = {
-    "newtonschulz": _newton_schulz,
-    "polar_express": _polar_express,
-    "svd": _svd,
-    "qr": _newton_schulz,
+class _Iteration(NamedTuple):
+    """X <- P X, from x / (factor |x| + eps). half_runs: how many steps may go without X in bfloat16; () is unknown, and
+    each step has X in every dtype."""
+
+    coefficients: Coefficients
+    half_runs: Sequence[int] = ()
+    factor: float = 1.0
+    eps: float = 1e-7
+
+    def __call__(self, x: Tensor, steps: int | None) -> Tensor:
+        x = x / (self.factor * _norm(x) + self.eps)
+        if steps is None or steps == len(self.coefficients):
+            return _iterate(x, self.coefficients, self.half_runs)
+        last = len(self.coefficients) - 1
+        return _iterate(x, [self.coefficients[min(i, last)] for i in range(steps)], ())
+
+
+_NEWTON_SCHULZ = _Iteration(_QUINTIC, _QUINTIC_RUNS)
+_ITERATIONS = {
+    "newtonschulz": _NEWTON_SCHULZ,
+    "polar_express": _Iteration(_POLAR_EXPRESS, _POLAR_EXPRESS_RUNS, 1.02, 1e-6),
+    "qr": _NEWTON_SCHULZ,
 }
+METHODS = ("newtonschulz", "polar_express", "svd", "qr")
 
 
 def _iterate(x: Tensor, coefficients: Coefficients, half_runs: Sequence[int]) -> Tensor:
-    """half_runs: how many iterations may go without X in bfloat16."""
     if x.shape[-2] > x.shape[-1]:
         return _iterate(x.transpose(-2, -1), coefficients, half_runs).transpose(-2, -1)
     x = x.to(product_dtype(x))
     runs = half_runs if x.dtype == torch.bfloat16 else (len(coefficients),)
-    if 2 * x.shape[-1] <= 3 * x.shape[-2]:  # nearly square: less work with X
+    if not half_runs or 2 * x.shape[-1] <= 3 * x.shape[-2]:  # nearly square: less work with X
         runs = (1,) * len(coefficients)
     begin = 0
     for n in runs:

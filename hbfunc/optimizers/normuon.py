@@ -10,40 +10,52 @@ from torch import Tensor
 from hbfunc import buckets
 from hbfunc.contract import Transform, chain, remembered
 from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept
-from hbfunc.linalg import polar
+from hbfunc.linalg.polar import Coefficients
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import Betas, around, check_flags, recipe
 from hbfunc.schedules import Number, at, count_zeros, increment
 from hbfunc.stacks import along, layout, matrix_rule, put, take
 from hbfunc.transforms.adaptive import check_adam
 from hbfunc.transforms.momentum import heavyball_momentum, nesterov_momentum
-from hbfunc.transforms.orthogonal import check_method, shape_scale
+from hbfunc.transforms.orthogonal import Count, Matrices, Scale, Sizes
 
 _EPS = 1e-8
 
 
 @remembered
-def scale_by_normuon(beta2: Number = 0.95, method: str = "newtonschulz") -> Transform:
+def scale_by_normuon(
+    beta2: Number = 0.95,
+    method: str = "newtonschulz",
+    *,
+    scale: Scale = "shape",
+    batch_dims: Count = 0,
+    heads: Count = None,
+    split_sizes: Sizes = None,
+    steps: int | None = None,
+    coefficients: str | Coefficients | None = None,
+) -> Transform:
     """Orthogonalize, then make the rows of a matrix equally long on average (Li et al. 2025, arXiv 2510.05491).
 
         O = polar(u);  v_r <- beta2 * v_r + (1 - beta2) * mean_j O_rj^2, from 0;  O' = O / (sqrt(v) + 1e-8)
         u = O' * |O| / |O'| * sqrt(max(1, rows / columns)), with Frobenius norms
 
     Leaves of more than two dims are seen as [d0, d1 d2 ...]; those of fewer pass through. Zero rows stay zero.
-    beta2: of the rows' mean squares, a number or a schedule. method: as in `orthogonalize`.
-    Raises ValueError for a beta2 outside [0, 1) and an unknown method.
+    beta2: of the rows' mean squares, a number or a schedule. The others: as in `orthogonalize`; of blocks of rows, and
+    of the matrices of a batch, each has its own norm.
+    Raises ValueError for a beta2 outside [0, 1), and what `orthogonalize` does.
     """
     check_adam(0.0, beta2, 0.0)
-    check_method(method)
+    matrices = Matrices(method, scale, batch_dims, heads, split_sizes, steps, coefficients)
+    matrices.check()
 
     def plan(leaves: Flat) -> dict[str, buckets.Bucket]:
-        return buckets.plan({k: x for k, x in leaves.items() if x.ndim > 1}, merge=buckets.matrix_shape)
+        return matrices.plan(leaves, leaves)
 
     def init(params: Leaves) -> State:
         state: State = {"count": count_zeros(params), "row_sq": {}}
         for name, bucket in plan(params).items():
             like = params[bucket.paths[0]]
-            shape = (len(bucket.blocks), bucket.shape[0])
+            shape = (len(bucket.blocks), *bucket.shape[:-1])
             state["row_sq"][name] = torch.zeros(shape, dtype=compute_dtype(like), device=like.device)
         return state
 
@@ -55,13 +67,13 @@ def scale_by_normuon(beta2: Number = 0.95, method: str = "newtonschulz") -> Tran
         moved, row_sq = {}, {}
         for name, bucket in active.items():
             t = torch.stack([count[path] for path in bucket.paths if path in updates]).to(torch.float64)
-            o = polar.orthogonalize(buckets.stack(bucket, updates), method)
+            o = matrices.polar(buckets.stack(bucket, updates))
             old = take(state["row_sq"][name], rows[name])
             decay = torch.as_tensor(at(beta2, t), dtype=torch.float64, device=t.device).expand(t.shape)
             v = old + (o.square().mean(-1) - old) * along((1 - decay).to(old.dtype), old)
             row_sq[name] = put(state["row_sq"][name], rows[name], v)
             scaled = o / (v.sqrt() + _EPS).unsqueeze(-1)
-            moved[name] = scaled * (_norm(o) / _norm(scaled)) * shape_scale(*bucket.shape)
+            moved[name] = scaled * (_norm(o) / _norm(scaled)) * matrices.factor(bucket)
         return {**updates, **buckets.unstack(active, moved, updates)}, kept(state, count=count, row_sq=row_sq)
 
     def places(params: Flat) -> Layout:
@@ -71,7 +83,7 @@ def scale_by_normuon(beta2: Number = 0.95, method: str = "newtonschulz") -> Tran
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Frobenius norms, [k, 1, 1]; of zero, the smallest number, which divides zeros to zeros."""
+    """Frobenius norms, [..., 1, 1]; of zero, the smallest number, which divides zeros to zeros."""
     return torch.sqrt(x.square().sum((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny))
 
 
@@ -83,6 +95,12 @@ def normuon(
     *,
     nesterov: bool = True,
     orthogonalizer: str = "newtonschulz",
+    scale: Scale = "shape",
+    batch_dims: Count = 0,
+    heads: Count = None,
+    split_sizes: Sizes = None,
+    steps: int | None = None,
+    coefficients: str | Coefficients | None = None,
     **common: Any,
 ) -> Transform:
     """NorMuon (Li et al. 2025, arXiv 2510.05491): Muon, whose rows move equally far on average; see `scale_by_normuon`.
@@ -90,13 +108,14 @@ def normuon(
         s <- beta1 * s + g;  u = scale_by_normuon(g + beta1 * s)
         p <- p - lr * (u + weight_decay * p)
 
-    nesterov: False takes s itself, the heavy ball. orthogonalizer: as in `muon`.
+    nesterov: False takes s itself, the heavy ball. orthogonalizer and the others: as in `muon`.
     """
     check_flags(nesterov=nesterov)
     momentum = nesterov_momentum if nesterov else heavyball_momentum
+    matrices = Matrices(orthogonalizer, scale, batch_dims, heads, split_sizes, steps, coefficients)
 
     def rule(beta1: Number, beta2: Number) -> Transform:
-        return chain(momentum(beta1), scale_by_normuon(beta2, orthogonalizer), name="normuon")
+        return chain(momentum(beta1), scale_by_normuon(beta2, **matrices._asdict()), name="normuon")
 
     return around("normuon", rule, lr=lr, betas=betas, weight_decay=weight_decay, **common)
 
