@@ -1,4 +1,4 @@
-"""Transforms as torch.optim classes: the stateful shim."""
+"""Pure transforms as torch.optim.Optimizer classes, which keep their state and step parameters in place."""
 
 from hbfunc.optim.groups import use_default
 from hbfunc.optim.shim import StatefulOptimizer

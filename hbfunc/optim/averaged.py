@@ -1,4 +1,4 @@
-"""The two points of Schedule-Free rules, for classes: `train()` and `eval()`."""
+"""`train()` and `eval()` of the Schedule-Free classes, which move the parameters between y and the average x."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _NAMES = ("z", "weight_sum", "beta1")  # entries of the state of `schedule_free`
 
 
 class Averaging(StatefulOptimizer):
-    """Groups with a "train_mode" are at one of two points: their parameters hold y while training and the average x
-    after `eval()`. Other groups, and other parameters in these, take no part."""
+    """Adds `train()` and `eval()`: the parameters of groups with a "train_mode" hold y, where gradients are taken, in
+    training and the average x after `eval()`. Other groups, and parameters without Schedule-Free state, stay."""
 
     def train(self, mode: bool = True) -> None:
-        """Put the parameters at y, where gradients are taken. No effect if they are there. train(False) is eval()."""
+        """Put the parameters at y, where gradients are taken, unless they are there. train(False) is eval()."""
         self._move(mode)
 
     def eval(self) -> None:
-        """Put the parameters at x, the average, to evaluate or save the model. No effect if they are there.
+        """Put the parameters at the average x, to evaluate or save the model, unless they are there.
 
-        The running statistics of BatchNorm are those of y: `hbfunc.recompute_batchnorm` gathers them anew.
+        The running statistics of BatchNorm are still those of y; `hbfunc.recompute_batchnorm` gathers those of x.
         """
         self._move(False)
 
@@ -44,20 +44,20 @@ class Averaging(StatefulOptimizer):
             group["train_mode"] = train
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        """As the base class. Raises RuntimeError in eval mode, where the parameters are not where gradients belong."""
+        """Call the closure. Raises RuntimeError in eval mode, where gradients would be taken at x and not at y."""
         if not all(group.get("train_mode", True) for group in self.param_groups):
             raise RuntimeError("the optimizer is in eval mode: call optimizer.train() before step()")
         return super().evaluate(closure)
 
 
 class TrainEval(Averaging):
-    """Schedule-Free's two points for every group."""
+    """Base of the Schedule-Free classes: every group can be put at y or x."""
 
     more_defaults: ClassVar[Mapping[str, Any]] = {"train_mode": True}
 
 
 def _average(entries: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """z and beta1 in the state of a parameter, or None without a Schedule-Free part."""
+    """Look up z and beta1 in the state of a parameter; None if it has no Schedule-Free state."""
     for name, z in entries.items():
         if isinstance(name, str) and name.rpartition(".")[2] == "z":
             prefix = name[:-1]

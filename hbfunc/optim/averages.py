@@ -1,4 +1,4 @@
-"""The average of the parameters that a class with `use_ema` keeps in `state[p]["ema"]`."""
+"""Averages of the parameters, which a class with `use_ema` keeps in `state[p]["ema"]`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from hbfunc.transforms.adaptive import ema
 
 
 class Averages(torch.optim.Optimizer):
-    """An average of each parameter that has a state, and swapping it with the parameter."""
+    """Adds an average of each parameter that has a state, and methods that swap it with the parameter."""
 
     ema_decay: float = 0.001
 
     @torch.no_grad()
     def ema_update(self) -> None:
-        """Move the average of the parameters, `state[p]["ema"]`, towards them by `ema_decay`, debiased.
+        """Update the averages: ema <- ema + d / (1 - (1 - d)^t) * (p - ema), with d the group's `ema_decay` and t the
+        number of updates so far.
 
-        Called by every step where `use_ema` is set. A parameter without state (no step yet) has no average.
+        Every step calls this for groups with `use_ema`. A parameter without state (no step yet) has no average.
         """
         self._move_averages({})
 
     def _move_averages(self, moved: Mapping[Tensor, Tensor]) -> None:
-        """`ema_update`, but for the parameters whose step was skipped."""
+        """`ema_update`, except for the parameters whose step was skipped."""
         for p, state in self.state.items():
             now = p.to(checkpoint.average_dtype(p))
             if "ema" not in state:
@@ -39,11 +40,11 @@ class Averages(torch.optim.Optimizer):
             average.copy_(torch.where(moved[p].to(count.device), new, average) if p in moved else new)
 
     def copy_emas_to_params(self) -> None:
-        """Swap the parameters with their averages."""
+        """Swap the parameters with their averages, to evaluate the averaged model; `copy_params_to_emas` undoes it."""
         self._swap()
 
     def copy_params_to_emas(self) -> None:
-        """Swap them back: undoes `copy_emas_to_params`."""
+        """Swap the parameters back: undoes `copy_emas_to_params`."""
         self._swap()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""State dicts: what torch's own load_state_dict does to them, avoided, and what is wrong with them, found."""
+"""State dicts: checks before loading, and ways around what torch's own load_state_dict would do to them."""
 
 from __future__ import annotations
 
@@ -25,27 +25,31 @@ _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 
 class Held:
-    """A state tensor on its way through torch's load_state_dict, which would cast it to the dtype of its parameter."""
+    """A box around a state tensor, so that torch's load_state_dict does not cast it to the dtype of its parameter."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Put every state tensor where torch's load_state_dict does not look. Raises for what is no state dict, and for
-    what a next step would spread: a NaN, a count that is none."""
+    """Put every state tensor into a box, where torch's load_state_dict leaves it alone; `released` takes it out.
+
+    Raises ValueError or TypeError for what is not a state dict of this library, and ValueError for values that a next
+    step would spread: a NaN, a count that is not the number of a step.
+    """
     for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
         if not isinstance(state_dict.get(key), kind):
-            raise ValueError(f"state_dict[{key!r}] is {type(state_dict.get(key)).__name__}, expected a state_dict()'s")
+            found = type(state_dict.get(key)).__name__ if key in state_dict else "missing"
+            raise ValueError(f"state_dict[{key!r}] is {found}, expected what optimizer.state_dict() returns")
     listed = [p for i, group in enumerate(state_dict["param_groups"]) for p in _params(group, i)]
     _check_origin(state_dict)
     known = set(listed)
     if len(known) != len(listed):
-        raise ValueError("state_dict['param_groups'] lists a parameter twice, expected every one once")
+        raise ValueError("state_dict['param_groups'] lists a parameter twice, expected each parameter once")
     state = {}
     for p, entries in state_dict["state"].items():
         if p not in known:
-            raise ValueError(f"state_dict['state'] has an entry {p!r}, expected the parameters in its param_groups")
+            raise ValueError(f"state_dict['state'] has an entry {p!r}, which no group in 'param_groups' lists")
         if not isinstance(entries, Mapping):
             raise TypeError(f"state_dict['state'][{p!r}] is {type(entries).__name__}, expected a dict of tensors")
         state[p] = {k: Held(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
@@ -57,22 +61,23 @@ def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
 def _check_origin(state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError, saying what converts it, for a state dict of another library."""
     if "heavyball" in state_dict:
-        raise ValueError("state_dict is HeavyBall's: hbfunc.convert.from_heavyball(state_dict, params) fits")
+        raise ValueError("state_dict is HeavyBall's: load hbfunc.convert.from_heavyball(state_dict, params) instead")
     for group in state_dict["param_groups"]:
         if "rule" in group:
             continue
         if "lr_max" in group:
-            raise ValueError("state_dict is schedulefree's: hbfunc.convert.from_schedulefree(state_dict) fits")
+            raise ValueError("state_dict is schedulefree's: load hbfunc.convert.from_schedulefree(state_dict) instead")
         if "differentiable" in group or "ns_coefficients" in group:
-            raise ValueError("state_dict is torch.optim's: hbfunc.convert.from_torch(state_dict) fits")
+            raise ValueError("state_dict is torch.optim's: load hbfunc.convert.from_torch(state_dict) instead")
 
 
 def by_name(mine: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """The param groups of a state dict with the optimizer's parameters in each, in its order, where both have names.
+    """Match loaded param groups with the optimizer's by the names of the parameters, if both have names.
 
-    Names are the same if they are but for what torch.compile, DDP, FSDP and activation checkpointing put into them. A
-    group has the options of the one with the same parameters or, where some group has no such, of the one in its place.
-    Raises ValueError naming what only one of the two has.
+    mine, loaded: the param groups of the optimizer, and of the state dict. Returns groups with the parameters and the
+    order of `mine`. Prefixes of torch.compile, DDP, FSDP and activation checkpointing do not count in names. A group
+    gets the options of the loaded one with the same parameters or, if some group has no such, of the one at its index.
+    Raises ValueError naming the parameters that only one of the two has.
     """
     ids = [list(group["params"]) for group in loaded]
     # Those of torch.distributed.checkpoint, whose "param_names" may be in another order, are names themselves.
@@ -112,7 +117,7 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]] | None:
 
 
 def _matched(mine: list[str], theirs: list[str]) -> dict[str, str] | None:
-    """For each of my names, the same one of theirs; None where there is no one-to-one."""
+    """For each name in `mine`, the same one in `theirs`; None if they do not match one to one."""
     for bare in (str, _unwrapped):
         own, other = {bare(name): name for name in mine}, {bare(name): name for name in theirs}
         if own.keys() == other.keys() and len(own) == len(mine) == len(theirs):
@@ -121,7 +126,7 @@ def _matched(mine: list[str], theirs: list[str]) -> dict[str, str] | None:
 
 
 def _unwrapped(name: str) -> str:
-    """A name without what wrappers put into it: "layer.weight" of "module._orig_mod.layer.weight"."""
+    """Strip what wrappers put into a name: "module._orig_mod.layer.weight" becomes "layer.weight"."""
     *path, last = name.split(".")
     return ".".join([*(part for part in path if part not in _WRAPPERS), last])
 
@@ -180,7 +185,7 @@ def _params(group: Any, index: int) -> Any:
 
 
 def released(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, dict[str, Any]]:
-    """The state with its tensors back. The averages are copies; what else there is will be copied into buffers."""
+    """Take the state's tensors out of their boxes. Averages are copied; the others will be, into buffers of units."""
     state_of: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     for p, entries in state.items():
         state_of[p] = {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()}
@@ -199,14 +204,15 @@ def released(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, d
 
 
 def average_dtype(p: Tensor) -> torch.dtype:
-    """Of the average of a parameter."""
+    """The dtype of a parameter's EMA."""
     return p.dtype if p.is_complex() else compute_dtype(p)
 
 
 def merged(mine: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A param group after loading. What the checkpoint does not hold (options newer than it) stays as it is here, and
-    so do the names, which decide what a rule does with a parameter and what is drawn for it, and whether gradients are
-    cleared, which is about the program around."""
+    """A param group after loading: the checkpoint's options, and this optimizer's where the checkpoint has none.
+
+    Parameter names stay this optimizer's, since they decide what a rule does with a parameter and what is drawn for it,
+    and so does `consume_grad`, since clearing gradients concerns the program around."""
     rule, expected = loaded.get("rule", mine.get("rule")), mine.get("rule")
     if rule != expected:
         raise ValueError(f"{where} is of {short(rule)}, expected {expected!r}")
@@ -216,15 +222,13 @@ def merged(mine: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> di
 
 
 def _restored(loaded: Any, mine: Any, where: str) -> Any:
-    """A loaded option, with the function that is there where the checkpoint has its name."""
+    """A loaded option; the name of a function is replaced by this optimizer's function of that name."""
     if isinstance(loaded, str) and loaded.startswith(_FUNCTION):
         if not _is_function(mine):
             raise ValueError(f"{where} was a {loaded}, which a checkpoint does not hold: build the class with it")
         return mine
     if _is_function(loaded):
-        raise TypeError(
-            f"{where} is {short(loaded)}: expected its name, functions come from the class and not from a file"
-        )
+        raise TypeError(f"{where} is {short(loaded)}: expected the name of a function, which the optimizer has itself")
     if isinstance(loaded, (list, tuple)):
         own = mine if isinstance(mine, (list, tuple)) and len(mine) == len(loaded) else [None] * len(loaded)
         values = [_restored(x, y, where) for x, y in zip(loaded, own, strict=True)]
@@ -233,7 +237,7 @@ def _restored(loaded: Any, mine: Any, where: str) -> Any:
 
 
 def unshared(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict in which no two parameters share a 0-dim tensor, as the leaves of a joined one do their count:
+    """Copy a state dict so that no two parameters share a 0-dim tensor, as joined parameters share their count:
     torch.distributed.checkpoint loads each entry in place."""
     state = {
         p: {k: v.clone() if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in entries.items()}
@@ -243,8 +247,8 @@ def unshared(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_functions(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with the names of functions in their place, and plain numbers: it loads with weights_only=True, and
-    has every key."""
+    """Copy a state dict with functions replaced by their names, and numbers made plain: torch.load(weights_only=True)
+    takes it, and no key is missing."""
     groups = [{k: _named(option(v, k), k) for k, v in group.items()} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
 

@@ -1,4 +1,5 @@
-"""One step of one unit as one function: update, then copy into the buffers that are there. Compiled by the settings."""
+"""The step of a unit (parameters that step together) as one function: update, then copy into the buffers in place.
+The function is compiled as the settings in `hbfunc.utils` say."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[
 
 
 class Ready:
-    """A step that can be called, and whether it has been: only then is it compiled. Units that are alike share it."""
+    """A step function, and whether it has been called yet, which compiles it. Units that are alike share it."""
 
     def __init__(self, step: Step) -> None:
         self.step, self.tried = step, False
@@ -43,16 +44,16 @@ def in_place_step(
     empty: Sequence[Place] = (),
     masked: Layout | None = None,
 ) -> Step:
-    """step(params, grads, tensors, products) for the parameters at `paths`, of which those numbered `present` have
-    gradients.
+    """Make the function step(params, grads, tensors, products), which steps parameters and state in place.
 
-    masked: the layout of the state, for a step with a mask: the last of `products` is then a vector of bools that tells
-    which of the parameters that are `present`, with gradients of any value, are to be stepped.
+    paths: the parameters' names. present: the indices of those that have a gradient, one in `grads` for each.
+    at, empty: the places in the state of `tensors`, and of its empty dicts. extras: keyword arguments of the update.
+    curvature: `products` are Hessian-vector products for the parameters with gradients; empty on a step without.
+    deferred: write nothing, and return what would be written.
+    masked: the layout of the state, for a step with a mask: the last of `products` is then a vector of bools, which
+        parameters among the `present` are to be stepped; the gradients of the others may have any value.
 
-    tensors: those of the state, at the places `at`, where its empty dicts are at `empty`; like the parameters they are
-    written in place. products: with `curvature`, Hessian times the transform's own probes for the parameters with
-    gradients, or nothing on a step that asks for none. Everything is computed before anything is written, so that an
-    error leaves both as they were; `deferred`: nothing is written, and what would be is returned.
+    Everything is computed before anything is written, so that an error leaves parameters and state as they were.
     """
 
     def step(
@@ -92,14 +93,14 @@ def in_place_step(
 
 
 def write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy into every buffer what is to be in it."""
+    """Copy the second tensor of each pair into the first."""
     for old, new in writes:
         _write(old, new)
 
 
 def _write(old: Tensor, new: Tensor) -> None:
-    """old.copy_(new). torch 2.13 compiles that away, without an error, where `old` is a 0-dim float64 input of the
-    graph: dynamo takes it for a Python float, and starts anew. Seen as a vector, it is written."""
+    """old.copy_(new), through a view as a vector: torch 2.13 drops the copy, without an error, if `old` is a 0-dim
+    float64 input of a graph, since dynamo takes it for a Python float and traces anew."""
     if old.ndim == 0 and old.dtype == torch.float64:
         old, new = old.view(1), new.reshape(1)
     old.copy_(new)
@@ -123,7 +124,7 @@ _made: WeakValueDictionary[Hashable, Ready] = WeakValueDictionary()
 
 
 def shared(key: Hashable, make: Callable[[], Ready]) -> Ready:
-    """What was made for this key, as long as somebody holds it; or else what is made now."""
+    """The step made for this key if a unit still has it, or else a new one."""
     ready = _made.get(key)
     if ready is None:
         ready = _made[key] = make()
@@ -131,17 +132,17 @@ def shared(key: Hashable, make: Callable[[], Ready]) -> Ready:
 
 
 def made_here(step: Step) -> set[str]:
-    """Names of the variables of `step` that the unit has made itself and nobody changes: all around it but the
-    transform, which may look at what is a user's, and its argument of the state's tensors."""
+    """Names of the variables of `step` that nobody but this library makes or changes: its closure without the
+    transform, which may use a user's objects, and the argument with the state's tensors."""
     code = step.__code__
     around = zip(code.co_freevars, step.__closure__ or (), strict=True)
     return {code.co_varnames[2], *(name for name, cell in around if not isinstance(cell.cell_contents, Transform))}
 
 
 def _filtered(own: Set[str], entries: Sequence[Any]) -> list[bool]:
-    """What torch.compile is to check before each step: not what this library has made, and nobody changes.
+    """For each guard of a graph, whether torch.compile is to check it before each step.
 
-    own: names of variables. What is looked at is where the value of a guard comes from, not how that is spelled.
+    own: variables that need no check, as nobody changes them; the modules of this library need none either.
     """
     ours = {f"__import_{name.replace('.', '_dot_')}" for name in sys.modules if name.partition(".")[0] == "hbfunc"}
     checked = []
@@ -165,15 +166,15 @@ _FAILURES = ("InvalidCxxCompiler", "CppCompileError", "CUDACompileError", "Trito
 
 
 def usable(mode: str | None) -> str | None:
-    """The mode in which a step is compiled here and now: None, to take it as it is, where torch.compile traces nothing
-    (it is switched off, or a TorchDispatchMode looks on) and where there is no compiler."""
+    """The mode in which a step is compiled here and now; None, eagerly, if torch.compile would trace nothing (because
+    it is switched off or a TorchDispatchMode is active) or no compiler works."""
     if mode is None or dynamo_config.disable or _get_current_dispatch_mode() is not None:
         return None
     return None if _lacking and mode not in _UNBUILT else mode
 
 
 def without_compiler(error: Exception) -> bool:
-    """Whether `error` says that there is no compiler that works: warns then, and from then on `usable` is None."""
+    """Whether `error` says that no compiler works. If so, warns; from then on `usable` returns None."""
     cause: Any = error
     while cause is not None and type(cause).__name__ not in _FAILURES and not str(cause).startswith("Compiler:"):
         cause = cause.__cause__ or getattr(cause, "inner_exception", None)

@@ -14,12 +14,13 @@ from hbfunc.optim.unit import Unit
 
 
 class WithCurvature(StatefulOptimizer):
-    """Groups with `curvature=True` step(closure) with a closure that returns the loss and does *not* call backward():
+    """Adds `curvature=True`: groups with it need a closure that returns the loss and does *not* call backward():
 
         optimizer.step(lambda: loss_fn(model(x), y))
 
-    The gradients are taken here, with a graph, and on the steps that refresh the preconditioner the Hessian times the
-    transform's own random probes, all groups at once. The sum of the gradients of earlier backward passes is not used.
+    `step` takes the gradients itself, with a graph; and on steps that refresh the preconditioner, Hessian-vector
+    products with the transform's random probes, for all groups at once. Gradients of earlier backward() calls are not
+    used.
     """
 
     _gradients: dict[Tensor, Tensor] = {}  # noqa: RUF012  # with their graph, within a step; replaced, never changed
@@ -28,9 +29,9 @@ class WithCurvature(StatefulOptimizer):
         self._gradients = {}
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        """As the base class; with `curvature=True`, `closure` returns the loss and does not call backward().
+        """Call the closure, and with `curvature=True` take the gradients of the loss that it returns.
 
-        Raises ValueError where there is none, and RuntimeError where it returns no loss with a graph.
+        Raises ValueError if there is no closure, and RuntimeError if it returns no loss with a graph.
         """
         groups = self.param_groups
         if not any(group["curvature"] for group in groups):

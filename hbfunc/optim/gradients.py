@@ -1,4 +1,4 @@
-"""What is looked at before a step writes: whether gradients fit their parameters, and whether they are finite."""
+"""Checks of the gradients before a step writes: whether they fit their parameters, and whether they are finite."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Gradients(UnitsOfGroups):
                 )
 
     def _raise_nonfinite(self, tensors: Mapping[Tensor, Tensor | None], what: str) -> None:
-        """FloatingPointError if one of the tensors, by parameter, is not finite, in a group that wants to know."""
+        """Raise FloatingPointError if one of the tensors, by parameter, is not finite, in a group with
+        nonfinite="raise"."""
         named: dict[str, Tensor] = {}
         for i, group in enumerate(self.param_groups):
             if group["nonfinite"] == "raise":
@@ -68,9 +69,9 @@ class Gradients(UnitsOfGroups):
     def _judge(
         self, work: list[tuple[dict[str, Any], Unit]], products: list[list[Tensor] | None]
     ) -> dict[Tensor, Tensor]:
-        """Tell the units that skip steps whether all of them go on; raise for a Hessian-vector product where asked to.
+        """Tell units whose steps may be skipped whether all of them go on; check products for nonfinite="raise".
 
-        For the averages: whether each parameter whose step may be skipped will move.
+        Returns, for each parameter whose step may be skipped, whether it will move.
         """
         pairs = list(zip(work, products, strict=True))
         hessians = {p: h for (_, unit), hs in pairs if hs for p, h in zip(unit.moving(), hs, strict=True)}

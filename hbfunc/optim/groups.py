@@ -1,4 +1,4 @@
-"""The param groups of a class: their options, the names of their parameters, and what is checked when one is added."""
+"""Param groups of a class: their options, the names of their parameters, and the checks when a group is added."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ use_default = UseDefault()
 
 
 class ParamGroups(torch.optim.Optimizer):
-    """The param groups of a class, and what a subclass says of them."""
+    """The param groups of a class. A subclass defines `transform` and `structure` of a group."""
 
     more_defaults: ClassVar[Mapping[str, Any]] = {}  # options of every group that are no arguments
     _pairs: dict[Tensor, Tensor]  # complex parameters, seen as reals
@@ -52,31 +52,34 @@ class ParamGroups(torch.optim.Optimizer):
 
     def transform(self, group: dict[str, Any]) -> Transform:
         """The transform of a param group."""
-        raise NotImplementedError(f"{type(self).__name__}.transform: expected a subclass that has one")
+        raise NotImplementedError(f"{type(self).__name__}: expected a subclass that defines transform(group)")
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What shapes the graph of a group besides its parameters: every option that is not a number."""
-        raise NotImplementedError(f"{type(self).__name__}.structure: expected a subclass that has one")
+        """Everything of a group that shapes its graph, besides its parameters: every option that is not a number."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a subclass that defines structure(group)")
 
     def rule(self, group: dict[str, Any], unit: Unit) -> Hashable | None:
-        """What tells the transform of a group's unit from others, numbers in its state aside: units of one optimizer or
-        of several share graphs where it is equal. None: nobody knows."""
+        """A key for the transform of a group's unit, without the numbers in its state: units with equal keys, also of
+        several optimizers, share graphs. None: not known, share nothing."""
         return None
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
-        """The value in a param group of a hyperparameter of the state, where betas are split."""
+        """The value of a hyperparameter of the state in a param group; "beta1" and "beta2" are entries of "betas"."""
         split = name in ("beta1", "beta2", "beta3") and "betas" in group
         return group["betas"][int(name[-1]) - 1] if split else group[name]
 
     def check_hyperparameter(self, name: str, value: Any) -> None:
-        """Raise for a value that a hyperparameter, written to a group since the last step, must not have."""
+        """Raise if a hyperparameter, written to a group since the last step, must not have this value."""
         check_value(name, value)
 
     # Groups and their parameters.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim's. Raises TypeError for a parameter that requires grad and cannot be stepped, ValueError for
-        one that is there twice and for an option out of range; the groups are then as they were."""
+        """Add a param group, as in torch.optim.
+
+        Raises TypeError for a parameter that requires grad and cannot be stepped, ValueError for a parameter that is
+        there twice and for an option out of range; the groups are then as they were.
+        """
         options = {**self.more_defaults, **{k: self._resolved(k, v) for k, v in param_group.items()}}
         if isinstance(options.get("params"), (list, tuple)):
             self._settle_names(options)
@@ -94,7 +97,7 @@ class ParamGroups(torch.optim.Optimizer):
             raise
 
     def _settle_names(self, options: dict[str, Any]) -> None:
-        """Empty groups go with named ones and with others, where torch wants all groups to be of one kind."""
+        """Give an empty group the kind of the others, with or without names: torch wants all of one kind."""
         named = "param_names" in options or any(isinstance(p, tuple) for p in options["params"])
         if not options["params"]:
             if any("param_names" in group for group in self.param_groups):
@@ -105,7 +108,7 @@ class ParamGroups(torch.optim.Optimizer):
                 group.update({"param_names": []} if named else {})
 
     def _checked(self, group: dict[str, Any], names: list[str]) -> None:
-        """Raise for an option of a group that is out of range, and a parameter that its transform cannot step."""
+        """Raise for an option of a group that is out of range, or a parameter that its transform cannot step."""
         steppable = [(name, p) for name, p in zip(names, group["params"], strict=True) if p.requires_grad]
         for name, p in steppable:  # others may be what they are, as long as they have no gradient
             check_dtype(name, p, elementwise=True)
@@ -121,7 +124,7 @@ class ParamGroups(torch.optim.Optimizer):
             check_dtype(name, p, tx.elementwise)
 
     def _check_whole(self, index: int) -> None:
-        """Raise for parameters that FSDP1 has flattened and cut, where the transform of a group looks at whole ones."""
+        """Raise if FSDP1 has flattened and cut a parameter of a group whose transform looks at whole tensors."""
         group = self.param_groups[index]
         flat = [getattr(p, "_fsdp_flattened", False) for p in group["params"]]
         if not any(flat) or (self.transform(group).elementwise and group["nonfinite"] in ("propagate", "raise")):
@@ -135,7 +138,7 @@ class ParamGroups(torch.optim.Optimizer):
         )
 
     def _names(self, index: int) -> list[str]:
-        """Names of a group's parameters: given ones, or their numbers over all groups."""
+        """Names of a group's parameters: those given, or their indices, counted over all groups."""
         group = self.param_groups[index]
         if "param_names" in group:
             names, count = list(group["param_names"]), len(group["params"])
@@ -153,7 +156,8 @@ class ParamGroups(torch.optim.Optimizer):
         return [pair for i, group in groups for pair in zip(self._names(i), group["params"], strict=True)]
 
     def _leaf(self, p: Tensor) -> Tensor:
-        """What a transform sees of a parameter: itself, or of a complex one a view, with the gradient, as reals."""
+        """The tensor that a transform sees for a parameter: itself; for a complex one a view of it, with gradient, as
+        real pairs."""
         if not p.is_complex():
             return p
         if is_sharded(p):
@@ -164,8 +168,8 @@ class ParamGroups(torch.optim.Optimizer):
         return real
 
     def members(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters of a group that have a state, or are to have one. Whoever has one stays, also when it is
-        frozen: so freezing and unfreezing in turn changes nothing."""
+        """The parameters of a group that have a state, or are to get one. One that has a state keeps it while it is
+        frozen, so that freezing and unfreezing in turn changes nothing."""
         return [p for p in group["params"] if p.requires_grad or p.grad is not None or self._has_state(p)]
 
     def _has_state(self, p: Tensor) -> bool:

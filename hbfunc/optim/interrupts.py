@@ -1,4 +1,4 @@
-"""Ctrl-C between two writes would leave a step half done: while a step writes, it waits."""
+"""Postponing Ctrl-C while a step writes: between two writes it would leave the step half done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Waiting:
-    """The handler of SIGINT while it waits."""
+    """Handler that remembers a SIGINT instead of raising KeyboardInterrupt."""
 
     def __init__(self, before: Callable[..., Any]) -> None:
         self.before, self.arrived = before, list[tuple[Any, ...]]()
@@ -21,7 +21,7 @@ class _Waiting:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """SIGINT that arrives inside is handled, by whoever handles it outside, at the end."""
+    """Context in which SIGINT is remembered; the handler of outside gets it at the end."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield  # Python handles signals in the main thread only, and this one nowhere
@@ -38,7 +38,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside of `uninterrupted`: for what may take long and writes nothing."""
+    """Let SIGINT through within `uninterrupted`, for work that may take long and writes nothing."""
     waiting = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not isinstance(waiting, _Waiting):
         yield

@@ -1,7 +1,7 @@
-"""Many small leaves as one, for transforms that do not care (`Transform.elementwise`).
+"""Stepping many small parameters as one flat tensor, for transforms that are elementwise.
 
-A graph compiles and runs one loop for all of a model's biases and norms. Their state lies in one flat buffer, of which
-every parameter's state shows its part; their parameters and gradients are copied into such buffers for the step only.
+A graph then compiles and runs one loop for all of a model's biases and norms. Their state lies in one flat buffer, of
+which every `state[p]` shows its part; parameters and gradients are copied into such buffers for the step only.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _ALWAYS = 1 << 21  # elements, 16 MiB of copies in float32, may be joined anyway
 
 
 class Joined:
-    """The leaves `members`, of one dtype and device, as a flat one at `path`.
+    """The parameters `members`, of one dtype and device, as one flat leaf called `path`.
 
-    numbers: of the members, among the leaves of their unit.
+    numbers: the members' indices among the parameters of their unit.
     """
 
     def __init__(self, path: str, members: Leaves, numbers: Sequence[int]) -> None:
@@ -73,9 +73,9 @@ class Joined:
         self._grad.release()
 
     def views(self, joined: Mapping[str, Tensor], shared: Collection[int] = ()) -> dict[str, dict[str, Tensor]]:
-        """State by member, from the state by name of the flat leaf: parts of what is flat, and a scalar for each.
+        """State of each member, views of the flat leaf's state: parts of flat tensors, and a scalar for each.
 
-        shared: ids of the tensors that members share with other leaves, as they are.
+        shared: ids of tensors that the members share with other leaves, and show as they are.
         """
         entries_of: dict[str, dict[str, Tensor]] = {path: {} for path in self.members}
         self._scalars, self._shown, self._names = [], [], []
@@ -104,17 +104,17 @@ class Joined:
         return list(map(_writes, self._shown)) == self._written  # their values would have to be waited for
 
     def alike(self, stored: Mapping[str, Mapping[str, Any]]) -> bool:
-        """Whether all members have the same scalars in `stored`, states by path."""
+        """Whether all members have the same scalars in `stored`, the states by path."""
         numbers = [{n: _value(stored.get(k, {}).get(n)) for n in self._names} for k in self.members]
         return all(scalars == numbers[0] for scalars in numbers)
 
     def gather_scalars(self) -> None:
-        """Bring the flat leaf's scalars to the members' values, which are equal."""
+        """Set the flat leaf's scalars to the members' values, which are equal."""
         for x, each in self._scalars:
             x.copy_(each[0])
 
     def spread_scalars(self) -> None:
-        """Bring the members' scalars to those of the flat leaf."""
+        """Set the members' scalars to the values of the flat leaf's."""
         for x, each in self._scalars:
             each.copy_(x)
 
@@ -127,7 +127,7 @@ def _value(x: Any) -> Any:
 
 
 class _Buffer:
-    """A flat tensor like `first` that has memory only while it is used, and the views of its parts, made once."""
+    """A flat tensor with the dtype and device of `first` that has memory only while in use, and views of its parts."""
 
     def __init__(self, size: int, first: Tensor, parts: Callable[[Tensor], list[Tensor]]) -> None:
         self.flat = torch.empty(size, dtype=compute_dtype(first), device=first.device)
@@ -150,7 +150,7 @@ class _Buffer:
 
 
 def joins(leaves: Leaves, stored: Mapping[str, Mapping[str, Any]]) -> list[Joined]:
-    """The leaves that can be one: small, with a gradient, of one dtype, and whose `stored` scalars are equal."""
+    """Sets of leaves that can be joined: small, with a gradient, of one dtype, and with equal scalars in `stored`."""
     groups: dict[Any, list[tuple[int, str]]] = defaultdict(list)
     known = {path: stored[path] for path in leaves if path in stored}
     moments = {k for path, entries in known.items() for k, x in entries.items() if _ndim(x) == leaves[path].ndim > 0}

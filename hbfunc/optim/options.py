@@ -1,4 +1,4 @@
-"""Numbers of other libraries as a param group holds them: plain ones, which every checkpoint can have."""
+"""Options of param groups as plain Python numbers, which every checkpoint can hold, whatever library made them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NO_OPTIONS = ("params", "param_names", "transform")
 
 
 def option(value: Any, name: str = "") -> Any:
-    """An option of a param group: numpy's numbers as Python's, arrays and sequences as tuples of such.
+    """Make an option of a param group plain: numpy's numbers become Python's, arrays and sequences tuples of such.
 
-    A one-element tensor becomes a 0-dim view of itself, which goes on to follow what is written into it, and the two
-    of betas=tensor are such views too. What is plain, a function, or none of these, is handed back as it is.
+    A one-element tensor becomes a 0-dim view of itself, so that it still follows what is written into it, as do the two
+    of betas=tensor. Anything else is returned as it is.
     """
     if type(value) in _PLAIN or callable(value) or isinstance(value, Transform):
         return value
@@ -40,7 +40,7 @@ def option(value: Any, name: str = "") -> Any:
 
 
 def settle(group: dict[str, Any]) -> None:
-    """Make the options of a group plain, whoever has written them."""
+    """Make the options of a group plain, in place."""
     for name, value in group.items():
         if type(value) not in _PLAIN and name not in _NO_OPTIONS:
             group[name] = option(value, name)

@@ -1,4 +1,4 @@
-"""Units of leaves that have an owner: each rank steps whole leaves, and gradients and parameters travel."""
+"""Units for matrix rules on DTensors: each parameter has an owner, the rank that steps the whole of it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Entries = dict[str, dict[str, Any]]  # path -> name -> tensor
 
 
 class OwnedUnit(ShardedUnit):
-    """Steps the leaves that this rank owns. All leaves are on one mesh.
+    """Step the parameters that this rank owns; gradients travel to the owners, new values back. All are on one mesh.
 
-    owner: the rank for every path, by number in the mesh's process group.
+    owner: the rank that owns each path, counted in the mesh's process group.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class OwnedUnit(ShardedUnit):
     def _collect(
         self, present: Sequence[str], shards: Mapping[str, Tensor], products: Sequence[Tensor] | None
     ) -> dict[str, Tensor]:
-        """Bring gradients and parameters to the owners, and products, which are returned."""
+        """Send gradients and parameters to the owners; return the Hessian-vector products, sent along."""
         sets = [{k: local(gradient(k, self.parameters[k])) for k in present}, dict(shards)]
         if products:
             sets.append({k: local(placed_like(h, self.parameters[k])) for k, h in zip(present, products, strict=True)})
@@ -119,7 +119,7 @@ class OwnedUnit(ShardedUnit):
         return self.collected
 
     def _gathered(self, sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Several tensors for each path, in one exchange."""
+        """Gather several tensors for each path in one exchange."""
         numbered = {f"{i} {k}": x for i, shards in enumerate(sets) for k, x in shards.items()}
         if len(sets) not in self._several:
             specs = {f"{i} {k}": spec for i in range(len(sets)) for k, spec in self.exchange.specs.items()}
@@ -128,7 +128,7 @@ class OwnedUnit(ShardedUnit):
         return [{k: wholes[f"{i} {k}"] for k in shards if k in self.exchange.boxes} for i, shards in enumerate(sets)]
 
     def due(self) -> bool | str | None:
-        """As the base class, from the counts of all leaves: the same decision on every rank."""
+        """Whether this step refreshes, decided from the counts of all leaves: the same on every rank."""
         schedule = self.scheduled()
         if schedule is None:
             return None
@@ -182,7 +182,7 @@ class OwnedUnit(ShardedUnit):
         return {k: {n: shards_of[n] for n in self.expected[k] if n in shards_of} for k, shards_of in result.items()}
 
     def _now(self, path: str, name: str) -> Tensor:
-        """An entry of an owned leaf as it is in `state[p]`, or is to be."""
+        """The entry `name` of an owned leaf: that in `state[p]`, or the one that will be put there."""
         made = self.entries[path][name]
         entry = self.dicts.get(path, {}).get(name, made)
         if not isinstance(entry, Tensor) or entry.shape != made.shape:
@@ -193,7 +193,7 @@ class OwnedUnit(ShardedUnit):
         return self.expected
 
     def adopt(self, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """From values that are the same on all ranks: DTensors, however placed, or whole tensors."""
+        """Adopt values that are the same on all ranks: DTensors, however placed, or whole tensors."""
         check(self.expected, values)
         for name in sorted({n for entries in values.values() for n in entries}):
             there = {k: entries[name] for k, entries in values.items() if name in entries}
@@ -211,9 +211,9 @@ class OwnedUnit(ShardedUnit):
 def _matched(
     located: Sequence[tuple[Place, str, Tensor]], owned: Sequence[tuple[Place, str, Tensor]]
 ) -> dict[str, list[Tensor]]:
-    """The views, by leaf, in a state of some leaves, in the order that they have in the state of all.
+    """Match the entries of the owned leaves with those in the state of all leaves: views by leaf, in that order.
 
-    A stack may have another name there, with a number at its end where the device or the leaf tells equal ones apart.
+    A stack may have another name there, with a number at its end if the device or the leaf tells equal ones apart.
     """
     own: dict[str, dict[Place, Tensor]] = {}
     for name, k, view in owned:

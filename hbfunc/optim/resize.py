@@ -1,4 +1,4 @@
-"""The state of a parameter that is replaced by one with other rows: pruned, grown, or both, as in densification."""
+"""State of a parameter after its rows were pruned, grown, or both, as in the densification of Gaussian splats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FACTOR = re.compile(r"(.*\.)?(GG|Q|QQ)_(\d+)$")
 
 
 def checked_rows(old: Tensor, new: Tensor, rows: Tensor | None) -> Tensor:
-    """Numbers of the rows of `old` that the first rows of `new` are. Raises ValueError where that cannot be."""
+    """Indices of the rows of `old` that became the first rows of `new`. Raises ValueError if they do not fit."""
     if new.ndim != old.ndim or not new.ndim or new.shape[1:] != old.shape[1:]:
         raise ValueError(
             f"new has shape {tuple(new.shape)}, expected that of the old parameter, {tuple(old.shape)}, but for rows"
@@ -34,10 +34,11 @@ def checked_rows(old: Tensor, new: Tensor, rows: Tensor | None) -> Tensor:
 def resized(
     entries: Mapping[str, Any], fresh: Mapping[str, Tensor], old: Tensor, new: Tensor, rows: Tensor
 ) -> dict[str, Any]:
-    """What `state[p]` is to hold for `new`.
+    """Make `state[p]` for `new` from the entries of `old`.
 
-    fresh: the rule's entries for it. What belongs to rows goes along with them, and is fresh in new ones; what belongs
-    to the parameter stays; factors that mix rows begin anew, and moments that live in their basis are put back first.
+    Entries per row (moments) go along with the rows that stay, and are those of `fresh`, a first state of `new`, in
+    other rows. Entries of the whole parameter (counts) stay. Factors that mix rows begin anew, and moments in their
+    basis are rotated back first.
     """
     names = fitting(entries, fresh)
     moments = {n: entries[there] for n, there in names.items()}
@@ -65,7 +66,7 @@ def _rows(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
 
 
 def _without_factors(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Less the factors: SOAP's of the rows, and all of PSGD's, which share a scale."""
+    """The entries without the factors: SOAP's of the rows, and all of PSGD's, which share a scale."""
     soap = any(name.rpartition(".")[2].startswith("GG_") for name in entries)
     return {
         name: x
@@ -75,7 +76,7 @@ def _without_factors(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rotated_back(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """SOAP's moments, with the rows in place of their eigenvectors: the second one approximately."""
+    """SOAP's moments rotated back, so that they have the parameter's rows; the second one approximately."""
     q = entries.get("Q_0")
     if q is None or "GG_0" not in entries or q.ndim != 2:
         return dict(entries)

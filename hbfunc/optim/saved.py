@@ -1,4 +1,4 @@
-"""State dicts, pickles and copies of a class, and a parameter put in another's place with its state."""
+"""State dicts, pickles and copies of a class; and replacing a parameter by one with other rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hbfunc.optim.units import UnitsOfGroups, forms_of
 
 
 class Saved(UnitsOfGroups):
-    """What a class reads and writes of its state as a whole."""
+    """Adds the methods that read and write all of the state: `state_dict`, `load_state_dict`, `replace_parameter`."""
 
     use_ema: bool = False
     _unseeded: bool
@@ -29,9 +29,9 @@ class Saved(UnitsOfGroups):
         return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in tensors}.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's, with functions in param groups by their names only, so that
-        `torch.load(weights_only=True)` takes it. Of sharded parameters, DTensors, the same entries on all ranks, which
-        all must call."""
+        """Return the state as in torch.optim, with functions in param groups replaced by their names, so that
+        `torch.load(weights_only=True)` takes it. Entries of sharded parameters are DTensors, and all ranks must
+        call."""
         listed = {p for group in self.param_groups for p in group["params"]}
         with self._showing_all():
             # A parameter that is in no group any more has no number to save its state by.
@@ -40,12 +40,12 @@ class Saved(UnitsOfGroups):
             return checkpoint.without_functions(checkpoint.unshared(super().state_dict()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's, but state keeps its dtype (float32 moments of bfloat16 parameters), options that the
-        checkpoint does not have stay as they are here, and so does a function that it only knows by name.
+        """Load a state dict as in torch.optim, with two differences: state keeps its dtype (float32 moments of bfloat16
+        parameters), and the optimizer keeps its own value of an option that the checkpoint lacks or knows by name only.
 
-        Where the optimizer and the checkpoint both have names of parameters (`named_parameters()`), these say what
-        belongs to which, in whatever order and group; "_orig_mod.", "module.", "_fsdp_wrapped_module." and
-        "_checkpoint_wrapped_module." in them do not count. Otherwise the order does. The optimizer keeps its own names.
+        If the optimizer and the checkpoint both have names of parameters (`named_parameters()`), state is matched by
+        name, in whatever order and group; "_orig_mod.", "module.", "_fsdp_wrapped_module." and
+        "_checkpoint_wrapped_module." in names do not count. Otherwise it is matched by order.
 
         Raises ValueError or TypeError for a state dict that does not fit, of another class, shape, key or name, and
         leaves the optimizer as it was.
@@ -89,15 +89,15 @@ class Saved(UnitsOfGroups):
     @torch.inference_mode(False)
     @torch.no_grad()
     def replace_parameter(self, old: Tensor, new: Tensor, rows: Tensor | None = None) -> None:
-        """Put `new`, which has other rows, in the place of the parameter `old`, and take its state along.
+        """Replace the parameter `old` by `new`, which has other rows (is pruned or grown), and take its state along.
 
-        rows: which rows of `old` the first ones of `new` are: their numbers, or for each row of `old` whether it stays;
-            by default the first ones. State of further rows starts afresh; so do factors that mix rows.
+        rows: the rows of `old` that became the first rows of `new`: indices, or a bool for each row of `old`; by
+            default the first ones. State of other rows of `new` starts afresh; so do factors that mix rows.
 
             new = torch.nn.Parameter(torch.cat([old[keep], split]))
             optimizer.replace_parameter(old, new, keep)
 
-        Raises ValueError where `old` is not in the optimizer, or `new` is, or their shapes differ beyond the rows.
+        Raises ValueError if `old` is not in the optimizer, `new` is, or their shapes differ in more than the rows.
         """
         where = {id(p): (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
         if id(old) not in where or id(new) in where:

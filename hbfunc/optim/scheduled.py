@@ -1,7 +1,7 @@
-"""Schedules with named numbers as options of a class: AdamW(params, lr=warmup_cosine(1e-3, 100, 1000)).
+"""Schedules as options of a class: AdamW(params, lr=hbfunc.warmup_cosine(1e-3, 100, 1000)).
 
-A param group then has "lr_schedule", the schedule's form; "lr.peak", "lr.warmup", ..., its numbers, which may be
-changed between steps as any other; and under "lr" the value of the next step, for loggers. "lr_shown" is that value
+A param group then has "lr_schedule", the name of the schedule; "lr.peak", "lr.warmup", ..., its numbers, which may be
+changed between steps like any option; and under "lr" the value of the next step, for loggers. "lr_shown" is that value
 too, and tells whether somebody has written another one; "schedule_step" counts the steps.
 """
 
@@ -24,7 +24,7 @@ def has_schedules(group: dict[str, Any]) -> bool:
 
 
 def spread_schedules(group: dict[str, Any]) -> None:
-    """Put the schedules among a group's options into the form that a step and a checkpoint know, see above."""
+    """Replace the schedules among a group's options by the numbers that the module's docstring lists."""
     if not any(type(v) is ParametricSchedule for v in (*group.values(), *_betas(group))):
         return
     given = {k: v for k, v in _options(group).items() if isinstance(v, ParametricSchedule) and not k.endswith(_FORM)}
@@ -42,7 +42,7 @@ def spread_schedules(group: dict[str, Any]) -> None:
 
 
 def with_schedules(group: dict[str, Any]) -> dict[str, Any]:
-    """The options of a group, with its schedules in the place of their present values."""
+    """The options of a group with its schedules again, in place of their present values."""
     if _STEP not in group:
         return group
     schedules = _schedules(group)
@@ -57,8 +57,8 @@ def with_schedules(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_schedules(group: dict[str, Any], index: int) -> None:
-    """Take up schedules that were written to a group since its last step. Raises ValueError where a number was written
-    in the place of one, by hand or by an LR scheduler of torch."""
+    """Take up schedules that were written to a group since its last step. Raises ValueError if a number was written in
+    place of a schedule, by hand or by an LR scheduler of torch."""
     spread_schedules(group)
     if _STEP not in group:
         return
@@ -75,7 +75,7 @@ def check_schedules(group: dict[str, Any], index: int) -> None:
 
 
 def advance_schedules(group: dict[str, Any]) -> None:
-    """After a step of the group: show the values of the next one."""
+    """Count a step of the group, and show the values of the next one."""
     group[_STEP] += 1
     _show(group, _schedules(group))
 

@@ -1,12 +1,12 @@
 """Units whose parameters are DTensors: FSDP2, HSDP, tensor parallel, replicated. The transforms see plain tensors.
 
-Three ways, chosen by what the transform says of itself:
+There are three ways to step them, chosen by the flags of the transform:
 
-* elementwise: it steps the shards where they are, and nothing is exchanged;
-* leafwise (matrix rules, norms of a tensor): every leaf has an owner. Gradients and parameters travel to the owners in
-  one exchange, each owner steps whole leaves with the very function that one process runs, and the new parameters
-  travel back. Work, moments and preconditioners are divided by the number of ranks;
-* otherwise (it looks at several leaves at once): every rank gathers and steps all of it.
+* elementwise: every rank steps its shards, and nothing is exchanged;
+* leafwise (matrix rules, norms of a tensor): every parameter has an owner. Gradients and parameters travel to the
+  owners in one exchange, each owner steps whole parameters with the same function that one process runs, and the new
+  values travel back. Work, moments and preconditioners are divided by the number of ranks;
+* otherwise (the transform looks at several parameters at once): every rank gathers and steps all of them.
 
 `state[p]` has DTensors for elementwise rules. For others it has whole tensors on the leaf's owner, and empty ones by
 the same names on other ranks. In a `state_dict()` all are DTensors.
@@ -52,10 +52,10 @@ def units(
     nonfinite: str,
     stored: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Unit]:
-    """Units for the leaves of a param group, of which some are DTensors.
+    """Make the units for the parameters of a param group, of which some are DTensors.
 
-    transform: makes one of the group. double, nonfinite: see `Unit`. together: as few units as can be, or one for each
-    leaf. stored: state by path, where small leaves may be joined.
+    transform: returns the group's transform. double, nonfinite: see `Unit`. together: make as few units as possible,
+    else one per parameter. stored: state by path, which says where small parameters may be joined.
     """
     for k, p in leaves:
         if is_sharded(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
@@ -90,10 +90,10 @@ def _parted(leaves: Iterable[tuple[str, Tensor]], key: Callable[[Any], Any]) -> 
 
 
 def agree_on_gradients(named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise RuntimeError, on all ranks, where a sharded parameter has a gradient on some ranks only.
+    """Raise RuntimeError, on all ranks, if a sharded parameter has a gradient on some ranks only.
 
-    named: parameters, of which only sharded ones are looked at. On an accelerator, where this would keep the host from
-    running ahead, only if TORCH_DISTRIBUTED_DEBUG asks for checks.
+    named: parameters; only sharded ones are checked. On an accelerator, where the check would keep the host from
+    running ahead, it is done only if TORCH_DISTRIBUTED_DEBUG asks for checks.
     """
     meshes: dict[Any, list[tuple[str, Tensor]]] = {}
     for k, p in named:
@@ -123,7 +123,7 @@ def agree_on_gradients(named: Sequence[tuple[str, Tensor]]) -> None:
 
 
 class LocalUnit(ShardedUnit):
-    """Steps the shards that are here."""
+    """Step this rank's shards, for elementwise transforms."""
 
     def __init__(
         self,
@@ -161,14 +161,14 @@ class LocalUnit(ShardedUnit):
             return super().whole()
 
     def adopt(self, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """From DTensors, however they are placed, or whole tensors."""
+        """Adopt values from DTensors, however placed, or whole tensors."""
         check(self.entries, values)
         adopt(self.views, mapped(values, lambda k, n, x: shard_of(x, self.entries[k][n])))
 
 
 @contextmanager
 def _gradients(leaves: Mapping[str, Tensor], stand_ins: Iterable[Tensor]) -> Iterator[None]:
-    """The stand-ins have the shards that are here of the parameters' gradients, for a while."""
+    """Context in which the stand-ins have this rank's shards of the parameters' gradients."""
     pairs = [(k, p, x) for (k, p), x in zip(leaves.items(), stand_ins, strict=True) if p is not x]
     try:
         for k, p, x in pairs:
@@ -180,7 +180,7 @@ def _gradients(leaves: Mapping[str, Tensor], stand_ins: Iterable[Tensor]) -> Ite
 
 
 class GatheredUnit(ShardedUnit):
-    """Steps whole parameters, all of them on every rank."""
+    """Step all parameters, gathered whole, on every rank."""
 
     def __init__(self, transform: Transform, leaves: Leaves, double: bool, nonfinite: str) -> None:
         stand_ins = {k: whole(p.detach()).clone() if is_sharded(p) else p for k, p in leaves.items()}

@@ -1,4 +1,4 @@
-"""Pure transforms as torch.optim classes. No mathematics here: read the group, call the update, write back in place.
+"""StatefulOptimizer: a pure transform as a torch.optim.Optimizer. No mathematics here.
 
 The parameters of a group, their gradients and the state go through one compiled graph, which ends in copies into the
 buffers that are there already: a step allocates nothing that lasts. Hyperparameters are 0-dim tensors, so schedulers
@@ -9,11 +9,11 @@ What happens in `step()`:
 1. The closure, if there is one, is called: its loss, and the gradients.
 2. Every gradient is compared with its parameter: layout, dtype, shape, device (gradients.py). Then it may have to be
    finite.
-3. The units of each group, parameters that step together, are made, kept, or renewed where options, parameters or the
-   entries of `state` are others than at the last step (units.py).
+3. The units of each group (parameters that step together) are made, kept, or renewed if options, parameters or entries
+   of `state` have changed since the last step (units.py).
 4. Numbers of the groups that have changed are checked and written to the hyperparameters in the units' states.
 5. Each unit's schedule decides whether this step refreshes; curvature is asked for its Hessian-vector products.
-6. Several units are rehearsed: what would fail fails here, and nothing has been written.
+6. If there are several units, all are rehearsed: an error comes here, before anything has been written.
 7. Each unit runs its graph, which writes parameters and state in place (unit.py, sharded.py for DTensors).
 8. Averages move, and the gradients that were used are cleared.
 """
@@ -42,29 +42,29 @@ from hbfunc.optim.units import turns
 
 
 class StatefulOptimizer(Gradients, Averages, Saved):
-    """Base of every class: one transform per param group, given by `transform` in a subclass.
+    """Base of all optimizer classes. A subclass defines `transform`, which returns the pure transform of a param group.
 
     A step creates the state of every parameter of a group that requires grad, steps the parameters that have a
-    gradient, and clears the gradients (see consume_grad). `state[p]` shows the state in plain tensors, views of the
-    transform's own.
+    gradient, and clears the gradients (see consume_grad). `state[p]` shows the state as plain tensors, which are views
+    of the transform's own.
 
     params, defaults: as in torch.optim.Optimizer; a value `use_default` becomes the class attribute of that name.
-    foreach: False steps parameter by parameter, with the same numbers, unless a clipping function or transform looks at
-        several tensors at once: it is given those that step together.
-    nonfinite: an option of every group (in `defaults`), for gradients with an inf or a NaN.
-        "propagate": as in torch.optim, they spoil their parameter and its state.
-        "skip": the step of all groups that say "skip", if any of their gradients is not finite (or a Hessian-vector
-            product, with curvature). Parameters and state stay as they are, and `state[p]["skipped"]` counts.
-        "skip_leaf": the step of that parameter alone. Both are decided on the device, without waiting for it, and a
-            UserWarning says so where the steps of a parameter have been skipped a hundred times in a row.
-        "raise": FloatingPointError naming the first such gradient, before anything is written. Waits for the device.
-    consume_grad: an option of every group: whether a step clears the gradients that it has used, which frees their
-        memory. False keeps them, as torch.optim does, for what looks at them after the step: wrappers such as
-        Lookahead, loggers. Then zero_grad() is yours. None: as `hbfunc.utils.consume_grad`, at first True, says at the
-        step.
-    seed: of the random draws; None takes torch.initial_seed(), so that torch.manual_seed governs them, and 0 in a job
-        of torch.distributed, whose ranks must draw the same, however they are seeded: one that has begun at the first
-        step, if not before.
+    foreach: False steps the parameters one by one, with the same numbers, unless a clipping function or a transform
+        looks at several tensors at once: then it sees one at a time.
+    nonfinite: option of every group (in `defaults`), what to do about gradients with an inf or a NaN.
+        "propagate": use them, as torch.optim does; they spoil their parameter and its state.
+        "skip": skip the step of all groups with "skip" if any of their gradients (or Hessian-vector products, with
+            curvature) is not finite. Parameters and state stay as they are, and `state[p]["skipped"]` counts.
+        "skip_leaf": skip the step of that parameter alone. Both are decided on the device, without waiting for it; a
+            UserWarning follows if the steps of a parameter are skipped a hundred times in a row.
+        "raise": raise FloatingPointError, naming the first such gradient, before anything is written. Waits for the
+            device.
+    consume_grad: option of every group, whether a step clears the gradients that it has used, which frees their memory.
+        False keeps them, as torch.optim does, for code that looks at them after the step (wrappers such as Lookahead,
+        loggers); zero_grad() is then up to you. None: the value of `hbfunc.utils.consume_grad` (at first True) at the
+        time of the step.
+    seed: of the random draws. None takes torch.initial_seed(), so that torch.manual_seed governs them; but 0 in a job
+        of torch.distributed that has begun by the first step, since all ranks must draw the same.
     """
 
     gradient_clipping: Any = None
@@ -98,18 +98,18 @@ class StatefulOptimizer(Gradients, Averages, Saved):
     # What a subclass may replace.
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        """The closure's loss."""
+        """Call the closure, and return its loss."""
         if closure is None:
             return None
         with torch.enable_grad():
             return closure()
 
     def products(self, work: list[tuple[dict[str, Any], Unit]], decisions: list[Any]) -> list[list[Tensor] | None]:
-        """For each unit, which is to refresh as decided: Hessian-vector products, or None without curvature."""
+        """Hessian-vector products for each unit, which refreshes as decided; None for a unit without curvature."""
         return [None] * len(work)
 
     def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None, rehearse: bool = False) -> None:
-        """One step of a unit, which is to refresh as decided; or its rehearsal, see `Unit.step`."""
+        """Step a unit, which refreshes as decided, or rehearse the step, see `Unit.step`."""
         unit.step(decision, products, self.compile_step, rehearse)
 
     # The step.
@@ -117,17 +117,17 @@ class StatefulOptimizer(Gradients, Averages, Saved):
     @torch.compiler.disable(reason="hbfunc steps in a graph of its own")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient, clear the gradients (unless `consume_grad` is False), return the
-        closure's loss (or None).
+        """Step every parameter that has a gradient, clear the gradients (unless `consume_grad` is False), and return
+        the closure's loss (None without a closure).
 
-        What can be found wrong is found before the first write: then all parameters and states are as they were. With
-        several groups, they are all rehearsed before. Ctrl-C waits while the step writes. Should a group fail after all
-        (out of memory, in a graph that ran before), the groups before it are stepped and their gradients cleared, so
-        that another step() does the rest.
-        In a function under torch.compile, the graph breaks here: the step has a graph of its own. Under torch.autocast,
-        only the closure is: the step computes in its own precision.
-        Raises TypeError for a sparse gradient or one of no fitting dtype, ValueError for one of another shape or device
-        than its parameter and for a hyperparameter out of range.
+        Errors are raised before the first write, and leave all parameters and states as they were; several groups are
+        all rehearsed first. Ctrl-C waits while the step writes. If a group fails after all (out of memory in a graph
+        that ran before), the groups before it are stepped and their gradients cleared, so that another step() does the
+        rest.
+        In a function under torch.compile, the graph breaks here: the step has a graph of its own. torch.autocast acts
+        on the closure only: the step computes in its own precision.
+        Raises TypeError for a sparse gradient or one whose dtype does not fit; ValueError for a gradient whose shape or
+        device differs from its parameter's, and for a hyperparameter out of range.
         """
         self._new = {}
         kinds = {p.device.type for group in self.param_groups for p in group["params"] if not p.is_meta}
@@ -142,8 +142,8 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         return loss
 
     def finish(self) -> None:
-        """What is done at the end of a step, also of one that raised. Subclasses override this and `evaluate`, not
-        `step`, around which torch puts hooks, once for each class that has one."""
+        """Clean up at the end of a step, also of one that raised. Subclasses override this and `evaluate` and leave
+        `step` alone, because torch puts hooks around the `step` of each class that has one."""
 
     def _advance_all(self) -> None:
         if self._unseeded:
@@ -193,8 +193,8 @@ class StatefulOptimizer(Gradients, Averages, Saved):
                 advance_schedules(group)
 
     def _agree_on_seed(self) -> None:
-        """At the first step: where a job has begun since the optimizer was made, the seed that its ranks have in
-        common, in every group that has torch's and nothing drawn yet."""
+        """Set the common seed of a job that has begun since the optimizer was made, in every group that took torch's
+        seed and has drawn nothing yet."""
         self._unseeded = False
         chosen, common = self.defaults["seed"], _default_seed()
         for group in self.param_groups if in_a_job() else ():
@@ -202,7 +202,7 @@ class StatefulOptimizer(Gradients, Averages, Saved):
                 group["seed"] = common
 
     def _rehearse(self, steps: list[tuple[Unit, Any, list[Tensor] | None]]) -> None:
-        """Meet what the steps would raise before any of them writes."""
+        """Raise what any of the steps would raise, before one of them writes."""
         try:
             for unit, decision, product in steps:
                 self.advance(unit, decision, product, rehearse=True)

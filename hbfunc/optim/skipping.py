@@ -1,7 +1,7 @@
-"""The classes' `nonfinite=` policies: the transforms of `hbfunc.nonfinite`, around the transform of a param group.
+"""The `nonfinite=` policies of the classes: transforms of `hbfunc.nonfinite` around the transform of a param group.
 
-A policy is no part of the rule: the state that a parameter shows, and a checkpoint holds, is the rule's own, and beside
-it the counter of skips. So a checkpoint may be loaded, and a run go on, under another policy.
+`state[p]` and checkpoints show the state of the rule, and beside it a counter of skipped steps. So a checkpoint may be
+loaded, and a run go on, under another policy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COUNTERS = (SKIPPED, f"nonfinite.{SKIPPED}")  # names in `state[p]`; the second 
 
 
 def with_policy(inner: Transform, policy: str) -> Transform:
-    """`inner` under a policy. Raises ValueError for an unknown one."""
+    """Wrap `inner` for a policy. Raises ValueError for an unknown one."""
     check_choice("nonfinite", policy, POLICIES)
     if policy == "skip":
         agreed = torch.ones((), dtype=torch.bool)
@@ -37,7 +37,7 @@ def with_policy(inner: Transform, policy: str) -> Transform:
 
 
 def views(state: State, layout: Layout, paths: list[str], policy: str) -> dict[str, dict[str, Tensor]]:
-    """`per_parameter` of the state of a transform under a policy: that of the rule, and the counter."""
+    """The entries of `state[p]` for a transform under a policy: those of the rule, and the counter of skips."""
     if policy not in ("skip", "skip_leaf"):
         return per_parameter(state, layout, paths)
     entries_of = per_parameter(*rule_of(state, layout, policy), paths)
@@ -52,7 +52,8 @@ def rule_of(state: State, layout: Layout, policy: str) -> tuple[State, Layout]:
 
 
 def later(x: Tensor) -> Callable[[], list[Any]]:
-    """x.tolist, to be called later: what it waits for is `x`, not what was queued on the device since."""
+    """Start copying x to the host, and return a function that gives x.tolist(): it waits for `x` only, and not for work
+    queued on the device since."""
     if not x.is_cuda:
         return x.tolist
     pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
@@ -70,7 +71,7 @@ Named = list[tuple[str, Tensor]]
 
 
 class Watch:
-    """Warns of parameters whose last `WATCH` steps, or more, were all skipped: the run stands still, in silence.
+    """Warn of parameters whose last `WATCH` steps, or more, were all skipped, because the run makes no progress.
 
     The counters are read a hundred steps after they were asked for, so that nothing waits for the device.
     """
@@ -81,7 +82,7 @@ class Watch:
         self._before: dict[Tensor, int] = {}
 
     def look(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any], named: Callable[[], Named]) -> None:
-        """To be called before every step, with the named parameters of all groups."""
+        """Look at the counters, and warn; called before every step, with the named parameters of all groups."""
         self._steps += 1
         if self._steps % WATCH:
             return

@@ -1,4 +1,4 @@
-"""Units that step plain tensors in place of DTensors: what those of `sharded` have in common."""
+"""Base class of the units that step plain tensors in place of DTensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hbfunc.optim.unit import Unit
 
 
 def gradient(path: str, p: Tensor) -> Tensor:
-    """The gradient of a DTensor parameter, placed as it is."""
+    """The gradient of a DTensor parameter, with the parameter's placements."""
     g = p.grad
     assert g is not None
     if is_sharded(p) != is_sharded(g):
@@ -25,9 +25,9 @@ def gradient(path: str, p: Tensor) -> Tensor:
 
 
 class ShardedUnit(Unit):
-    """A unit that steps stand-ins, which are plain tensors, for parameters of which some are DTensors.
+    """A unit that steps stand-ins, plain tensors, for parameters of which some are DTensors.
 
-    It holds its state: memory is freed, and entries that are elsewhere are adopted, by units made anew.
+    Unlike a plain unit it holds its state: units made anew free memory, or adopt entries that have been replaced.
     """
 
     def __init__(

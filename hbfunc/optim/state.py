@@ -1,8 +1,8 @@
-"""Between the two views of one state: a transform's nested dicts, and torch.optim's dict of tensors per parameter.
+"""Two views of one state: a transform's nested dicts, and torch.optim's dict of tensors per parameter.
 
 Both views share memory: entries of a parameter's dict are the tensors of the functional state, or rows of its stacks.
-A stateful step writes in place, so neither view goes stale. Where they part, because somebody has put another tensor or
-other memory into a parameter's dict, the dict is right, and its values are adopted.
+A stateful step writes in place, so neither view goes stale. If somebody puts another tensor, or other memory, into a
+parameter's dict, the dict is right, and its values are adopted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _DTYPE = re.compile(r"_(float64|float32|bfloat16|float16)(?=_\d+$|$)")  # in the
 
 
 def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, dict[str, Tensor]]:
-    """path -> name -> view: what `optimizer.state[p]` shows.
+    """The entries of `optimizer.state[p]` for each parameter: path -> name -> view of the state.
 
-    A tensor is named by the place of its dict without the transforms' names ("exp_avg"), or with them where that is
-    ambiguous ("scale_by_adam_2.exp_avg"), or where an entry of the class has the name ("transform.ema"). What rounds
+    A tensor is named by the place of its dict without the transforms' names ("exp_avg"), or with them if that is
+    ambiguous ("scale_by_adam_2.exp_avg") or the class has an entry of that name ("transform.ema"). State that rounds
     the results has names of its own ("rounding.count"). A parameter sees its rows of a stack, and the tensors that it
-    shares with others (a key). What it sees does not depend on which others there are, so checkpoints fit with and
-    without foreach.
+    shares with others (a key). What it sees does not depend on which other parameters there are, so checkpoints fit
+    with and without foreach.
     """
     rows = located(state, layout, paths)
     owners: dict[tuple[str, Place], set[Place]] = defaultdict(set)
@@ -46,12 +46,12 @@ def per_parameter(state: State, layout: Layout, paths: list[str]) -> dict[str, d
 
 
 def _short(name: Place) -> Place:
-    """The last part of a name; of what is auxiliary also the transform's."""
+    """The last part of a name, for auxiliary state with the transform's name."""
     return next((name[i:] for i, key in enumerate(name[:-1]) if key in AUXILIARY), name[-1:])
 
 
 def located(state: State, layout: Layout, paths: list[str]) -> list[tuple[Place, str, Tensor]]:
-    """What `per_parameter` shows, as (place of the dict, or of the tensor where this has several; path; view)."""
+    """The views that `per_parameter` names: (place of the dict, or of the tensor if several share it; path; view)."""
     views: list[tuple[Place, str, Tensor]] = []  # name, path, view
     known = set(paths)
     for place, value in places(state):
@@ -69,8 +69,8 @@ def located(state: State, layout: Layout, paths: list[str]) -> list[tuple[Place,
 
 
 def by_leaf(node: Mapping[str, Any], paths: Collection[str]) -> bool:
-    """Whether a dict of a state has a tensor for each of some leaves, and is no part of the structure: a leaf may be
-    called "key", and one of the structure's dicts that has a "key" has dicts too."""
+    """Whether a dict of a state has a tensor for each of some leaves, and is not part of the structure. (A leaf may be
+    called "key"; a dict of the structure with a random "key" has dicts, too.)"""
     return all(k in paths and not isinstance(x, dict) for k, x in node.items())
 
 
@@ -85,7 +85,7 @@ def _sharing(node: State, paths: list[str]) -> list[str]:
 
 
 def rows_of(layout: Layout, place: Place) -> tuple[str, ...] | None:
-    """The paths of the rows of the stack at a place, or None where there is no stack."""
+    """The paths of the rows of the stack at a place, or None if there is no stack."""
     node = layout
     for key in place:
         if not isinstance(node, dict) or key not in node:
@@ -95,7 +95,8 @@ def rows_of(layout: Layout, place: Place) -> tuple[str, ...] | None:
 
 
 def _buckets(layout: Layout, place: Place, path: str) -> int:
-    """In how many stacks beside the one at `place` (itself included) a parameter has rows: `split` makes several."""
+    """The number of stacks next to the one at `place`, itself included, in which a parameter has rows; `split` makes
+    several."""
     node = layout
     for key in place[:-1]:
         node = node[key]
@@ -103,10 +104,10 @@ def _buckets(layout: Layout, place: Place, path: str) -> int:
 
 
 def fitting(entries: Mapping[str, Any], view: Mapping[str, Tensor]) -> dict[str, str]:
-    """Which of the entries of a parameter's dict belong to its rule, which shows `view`: their names by those there.
+    """Find the entries of a parameter's dict that belong to its rule: the names in `view`, with those in `entries`.
 
-    Names may differ in the transforms' names in front, where other options made them ambiguous, and those of stacks in
-    their dtype. Whatever else there is belongs to others.
+    Names may differ in the transforms' names in front, if other options made them ambiguous, and the names of stacks in
+    their dtype. All other entries belong to somebody else.
     """
     matched = {name: name for name in view if name in entries}
     rest = [other for other in entries if other not in view and isinstance(other, str)]
@@ -125,20 +126,20 @@ def _matches(a: str, b: str) -> bool:
 
 
 def number_as_tensor(value: Any) -> Any:
-    """`value`, as a tensor if it is a number that a tensor can be: a 0-dim entry may be written as one."""
+    """Make a number a 0-dim tensor, since users may write a count as a number; anything else is returned as it is."""
     whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return torch.as_tensor(value) if whole or isinstance(value, float) else value
 
 
 def is_auxiliary(name: Any) -> bool:
-    """Whether an entry of this name is of what rounds the results of a rule."""
+    """Whether an entry of this name belongs to the rounding of results, and not to the rule."""
     return isinstance(name, str) and name.partition(".")[0] in AUXILIARY and "." in name
 
 
 def check_whole(
     path: str, entries: Mapping[str, Any], view: Mapping[str, Tensor], optional: Collection[str] = ()
 ) -> None:
-    """Raise where a parameter has some entries of its rule and lacks others. What is auxiliary may start afresh."""
+    """Raise if a parameter has some entries of its rule and lacks others. Auxiliary ones may start afresh."""
     if not entries:
         return
     for name in view:
@@ -147,7 +148,7 @@ def check_whole(
 
 
 def adopt(views: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy per-parameter values into the views of a fresh state. Raises before the first copy if anything is amiss."""
+    """Copy per-parameter values into the views of a fresh state. Raises before the first copy if one does not fit."""
     check(views, values)
     with torch.no_grad():
         for path, entries in values.items():
@@ -176,7 +177,7 @@ def check(views: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mappin
 
 
 def own_storage(view: Tensor) -> Tensor:
-    """A tensor over the same memory that is no view: torch.save writes its own bytes only, and `.data =` frees it."""
+    """A tensor over the same memory that is not a view: torch.save writes its bytes only, and `.data =` frees them."""
     if not view.numel():
         return view.clone()
     return torch.from_dlpack(view) if type(view) is Tensor and not view.is_meta else view.detach()
@@ -188,6 +189,6 @@ def shares_memory(x: Tensor) -> bool:
 
 
 def mapped(values: Mapping[str, Mapping[str, Any]], fn: Callable[[str, str, Any], Any]) -> dict[str, dict[str, Any]]:
-    """fn(path, name, value) of every value, in the order of the names: `fn` may talk to other ranks, and what
-    torch.distributed.checkpoint loads has an order of its own on each."""
+    """Apply fn(path, name, value) to every value, in the order of the names: `fn` may communicate, and dicts that
+    torch.distributed.checkpoint loads may be ordered differently on each rank."""
     return {k: {n: fn(k, n, entries[n]) for n in sorted(entries)} for k, entries in values.items()}

@@ -1,4 +1,4 @@
-"""The parameters that step together in one graph, with their functional state and its compiled steps."""
+"""Units: parameters that step together in one graph, with their functional state and its compiled steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KEPT = 64  # steps and masks of one unit
 
 
 class Form(Enum):
-    """How a step is taken: in a graph of its own, in one with a mask, or without."""
+    """Kinds of steps: in a graph for this set of gradients, in a graph with a mask, or without a graph."""
 
     OWN, MASKED, EAGER = range(3)
 
@@ -37,8 +37,8 @@ class Form(Enum):
 class Unit(UnitState):
     """The parameters of one param group on one device, or one parameter if foreach=False.
 
-    double: the hyperparameters are float64, as they are for a group of which some parameters are float64.
-    joined: the leaves that the transform is to see as one. nonfinite: the policy, see `skipping`.
+    double: keep the hyperparameters in float64, as for a group with a float64 parameter.
+    joined: sets of parameters that the transform is to see as one. nonfinite: the policy, see `skipping`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Unit(UnitState):
         return p.is_meta or isinstance(p, FakeTensor)
 
     def present(self) -> tuple[int, ...]:
-        """Numbers of the parameters that have a gradient."""
+        """Indices of the parameters that have a gradient."""
         return tuple([i for i, p in enumerate(self.params) if p.grad is not None])
 
     def step(
@@ -90,12 +90,12 @@ class Unit(UnitState):
         compile_step: bool = True,
         rehearse: bool = False,
     ) -> None:
-        """One step in place, of the parameters that have a gradient.
+        """Step the parameters that have a gradient, in place.
 
-        refresh: as decided by `due`. products: Hessian-vector products, one for each of these parameters, or an empty
-        list where no refresh needs them; None for a transform that does not work with curvature.
-        rehearse: write nothing, but raise what the step would. Without compilation everything is computed, and kept for
-        the step itself; a graph that has not run yet is compiled, and runs on copies.
+        refresh: the decision of `due`. products: Hessian-vector products, one for each of these parameters, or an empty
+        list if the step needs none; None for a transform without curvature.
+        rehearse: write nothing, but raise what the step would raise. Without compilation everything is computed, and
+        kept for the step itself; a graph that has not run yet is compiled, and runs on copies.
         """
         mode = usable(utils.compile_mode if compile_step else None)
         try:
@@ -158,7 +158,7 @@ class Unit(UnitState):
         return Form.MASKED if self.masked else Form.EAGER
 
     def _prepared(self, key: tuple[Any, ...], given: Sequence[int]) -> Ready:
-        """The step for a key of `steps`, from a unit that is alike if there is one."""
+        """The step for a key of `steps`, shared with a unit that is alike if there is one."""
         pattern, refresh, plain, _, mode, dynamic = key
         extras, device = self._extras(refresh), self.params[0].device
 
@@ -180,7 +180,7 @@ class Unit(UnitState):
         return make() if alike is None else shared((alike, key), make)
 
     def _alike(self) -> Hashable | None:
-        """Equal for units whose graphs are the same. None: it is not known when they are."""
+        """A key that is equal for units whose graphs are the same; None if that is not known."""
         if self.rule is None:
             return None
         names: dict[str, Any] = {path: path for path in self.flat_paths}
@@ -225,8 +225,8 @@ class Unit(UnitState):
         return params, grads, products
 
     def _taken_all(self, given: Sequence[int], products: Sequence[Tensor]) -> Taken:
-        """For a graph with a mask, in which every parameter has a gradient. A place in memory will do for one that is
-        not looked at; not that of a parameter, for which torch.compile would make another graph."""
+        """The inputs of a graph with a mask, in which every parameter has a gradient: uninitialized memory where there
+        is none. (The parameter itself would not do: torch.compile would make another graph for it.)"""
         params, there, _ = self._taken(given, ())
         params = [p.detach() for p in params]  # whether some require grad now is nothing that it should look at
         missing = [p for i, p in enumerate(params) if i not in set(given)]
@@ -245,18 +245,18 @@ class Unit(UnitState):
         return params, grads, [*more, self.masks[tuple(given)]]
 
     def forget(self) -> None:
-        """Free what a step or its rehearsal held."""
+        """Free the tensors that a step or its rehearsal held."""
         self.pending = None
         for join in self.joined:
             join.release()
 
     def abandon(self) -> None:
-        """Give up the step that was rehearsed."""
+        """Drop the results of a rehearsed step."""
         self.forget()
 
     def scheduled(self) -> RefreshSchedule | None:
-        """The transform's schedule of refreshes, for the hyperparameters as they are: without waiting for the device,
-        unless the group has tensors of its own for them."""
+        """The transform's schedule of refreshes for the present hyperparameters, without waiting for the device, unless
+        the group has tensors of its own for them."""
         refreshes = self.transform.refreshes
         if refreshes is None:
             return None
@@ -275,7 +275,7 @@ class Unit(UnitState):
         return self.schedule[1]
 
     def due(self) -> bool | str | None:
-        """Whether this step refreshes: known here if all parameters are at one count, None to decide in the graph."""
+        """Whether this step refreshes, if all parameters are at one count; None leaves the decision to the graph."""
         schedule = self.scheduled()
         if schedule is None:
             return None
@@ -294,7 +294,7 @@ class Unit(UnitState):
         return decisions.pop() if len(decisions) == 1 else None
 
     def _count_tensors(self) -> list[Tensor]:
-        """The rule's counts of the parameters: of several, the last ones."""
+        """The rule's counts of the parameters; the last ones, if a rule has several."""
         counts = {
             place[-1]: t
             for place, t in self.tensors.items()
@@ -305,7 +305,8 @@ class Unit(UnitState):
         return [counts.get(path, other) for path in self.paths]
 
     def probes(self, refresh: bool | str | None) -> dict[Tensor, Tensor]:
-        """The vectors that this step will ask Hessian-vector products of, by parameter: a rehearsal, until it asks."""
+        """The vectors for which this step will need Hessian-vector products, by parameter: rehearses until the
+        transform asks."""
         asked: dict[str, Tensor] = {}
 
         def ask(v: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -326,12 +327,12 @@ class Unit(UnitState):
 
 
 def _form_of(x: Tensor) -> tuple[Any, ...]:
-    """What torch.compile makes a graph for."""
+    """The properties of a tensor for which torch.compile makes a graph."""
     return x.shape, x.stride(), x.dtype, x.device, type(x)
 
 
 def _blanks(like: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the same form, without values, that share one piece of memory."""
+    """Uninitialized tensors of the same form, which share one piece of memory."""
     sizes: dict[torch.dtype, int] = {}
     for x in like:
         sizes[x.dtype] = max(sizes.get(x.dtype, 0), x.numel())
@@ -341,7 +342,7 @@ def _blanks(like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _copy(x: Tensor) -> Tensor:
-    """A tensor for which a graph compiled for `x` will do."""
+    """Copy x so that a graph compiled for `x` takes the copy."""
     new = x.detach().clone()
     if isinstance(x, torch.nn.Parameter):
         return torch.nn.Parameter(new, x.requires_grad)

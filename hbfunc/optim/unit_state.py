@@ -32,8 +32,8 @@ from hbfunc.tree import Place, empty_places, hyper_names, hyper_places, places
 class UnitState:
     """The parameters of a unit, and its state.
 
-    The state's memory belongs to the entries of `state[p]`: a unit remembers where they are, and holds none. So memory
-    is freed when somebody has moved all that is in it, and that entries are elsewhere is seen before the next step.
+    The entries of `state[p]` own the state's memory; a unit only remembers where they are. So memory is freed when its
+    entries are moved or deleted, and before each step a unit sees whether they have been replaced.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class UnitState:
         self.names = hyper_names(self.hyper)
 
     def start(self) -> None:
-        """A fresh state, with the hyperparameters that there are; its entries are in `entries`, until `settle`."""
+        """Make a fresh state with the present hyperparameters; its entries are in `entries` until `settle`."""
         leaves = Leaves(
             (path, s.gathered() if isinstance(s, Joined) else self.params[s])
             for path, s in zip(self.flat_paths, self.sources, strict=True)
@@ -104,16 +104,17 @@ class UnitState:
 
     @property
     def tensors(self) -> dict[Place, Tensor]:
-        """Those of the state by place, hyperparameters included."""
+        """The tensors of the state by place, hyperparameters included."""
         return dict(zip(self.at, self.buffers(), strict=True))
 
     def buffers(self) -> list[Tensor]:
-        """The same without the places. The state's are there while the unit is `intact`."""
+        """The tensors of the state without their places, valid while the unit is `intact`."""
         buffers: list[Any] = self._tensors or [x() for x in self._refs]
         return [*buffers, *self._own]
 
     def settle(self, dicts: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
-        """The entries are now in these dicts, each with its number in the optimizer's state, and belong to them."""
+        """Hand the entries over to these dicts, which own them from now on; each comes with its index in the
+        optimizer's state."""
         self._numbers, entries_of = [dicts[k][0] for k in self.paths], [dicts[k][1] for k in self.paths]
         self._ids = list(map(id, entries_of))
         names = dict.fromkeys(n for entries in self.entries.values() for n in entries)
@@ -140,7 +141,7 @@ class UnitState:
         return all(x() is not None for x in self._refs) and all(join.agree() for join in self.joined)
 
     def _moved(self, name: str, dicts: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the entries of a name have only moved: are tensors of the state itself, with memory elsewhere."""
+        """Whether the entries of a name are the same tensors as before, with other memory (as after `.data =`)."""
         alive = {id(x()) for x in self._refs}
         for i, (n, having, addresses) in enumerate(self._shown):
             if n == name:
@@ -153,8 +154,8 @@ class UnitState:
         return True
 
     def renew(self, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]] | None:
-        """Start anew from what `state[p]` holds, with the graphs that there are: as `take`, or None where units have to
-        be made anew, because leaves that are joined differ."""
+        """Start anew from the values in `state[p]`, and keep the graphs. Returns what `take` does, or None if the unit
+        has to be made anew, because parameters that are joined now differ."""
         if not all(join.alike(stored) for join in self.joined):
             return None
         self.start()
@@ -162,10 +163,10 @@ class UnitState:
         return self.take(stored)
 
     def take(self, stored: Mapping[str, Mapping[str, Any]], loaded: bool = False) -> dict[str, set[str]]:
-        """Adopt values from what `state[p]` holds, by path; the names that were the rule's are returned.
+        """Adopt values from the entries of `state[p]`, by path, and return the names that were the rule's.
 
-        What is missing stays fresh, and what is not the rule's is left alone. loaded: from a checkpoint, whose
-        parameters have all of the rule's entries or none.
+        Missing entries stay fresh, and entries of others are left alone. loaded: the values are from a checkpoint,
+        whose parameters must have all of the rule's entries or none.
         """
         expected = self.expecting()
         names = {k: fitting(entries, expected[k]) for k, entries in stored.items()}
@@ -185,7 +186,7 @@ class UnitState:
         return {k: set(own_names.values()) for k, own_names in names.items()}
 
     def expecting(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What `state[p]` looks like, by path."""
+        """Views like the entries of `state[p]`, by path, to which values have to fit."""
         return self.entries
 
     def adopt(self, values: Mapping[str, Mapping[str, Any]]) -> None:
@@ -193,9 +194,10 @@ class UnitState:
         adopt(self.entries, mapped(values, lambda k, n, x: whole(x)))
 
     def write_hyper(self, value_of: Callable[[str], Any], check: Callable[[str, Any], None]) -> None:
-        """Bring the 0-dim tensors up to date with the param group; a number that did not change costs nothing.
+        """Update the hyperparameters, 0-dim tensors, from the param group; a number that did not change costs nothing.
 
-        value_of: None for what is no option, and stays. check: raises for a name and a value that it may not have.
+        value_of: the option of a name; None for a hyperparameter that is not an option, and stays. check: raises if a
+        name must not have a value.
         """
         for place, tensor in self.hyper.items():
             value = value_of(self.names[place])
@@ -211,8 +213,8 @@ class UnitState:
                 self.values[place] = value
 
     def agree(self, ok: Tensor | None) -> None:
-        """Before a step that may be skipped: whether all units that skip with this one have finite gradients. None:
-        it is the only one, and judges its own."""
+        """Tell a unit whose step may be skipped whether all units that skip with it have finite gradients. None: there
+        is no other, and it checks its own."""
         assert self.agreed is not None
         if ok is None:
             self.agreed.fill_(True)

@@ -28,10 +28,10 @@ Forms = tuple[list[torch.dtype], list[torch.Size], list[torch.device]]  # of a l
 
 
 class UnitsOfGroups(ParamGroups):
-    """The units that step the parameters of each group. Their entries are those of `state`."""
+    """Makes and keeps the units that step the parameters of each group; `state` has the entries of their states."""
 
     def _start_units(self) -> None:
-        """No units yet: they are made of `state` at the next step."""
+        """Begin without units; the next step makes them from `state`."""
         self._units: dict[int, tuple[Any, list[Unit]]] = {}
         self._pairs: dict[Tensor, Tensor] = {}
         self._graphs: deque[Ready] = deque(maxlen=_KEPT)  # of units that are no more
@@ -42,10 +42,10 @@ class UnitsOfGroups(ParamGroups):
         self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
 
     def _ready(self, index: int, group: dict[str, Any], forms: Forms, complete: bool) -> list[Unit]:
-        """The units of a group that have a gradient, or whose transform is to be called at every step; made anew where
-        options, parameters or `state` changed.
+        """The units of a group that have a gradient, or whose transform is called at every step; made anew if options,
+        parameters or `state` have changed.
 
-        forms, complete: as `_check_gradients` found them.
+        forms, complete: the results of `_check_gradients`.
         """
         before, units = self._units.get(index, (None, []))
         kept = units
@@ -75,7 +75,7 @@ class UnitsOfGroups(ParamGroups):
         return [unit for unit in units if unit.transform.every_call or unit.moves()]
 
     def _key(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What the units of a group were made for: which parameters, of how many, and what shapes their graphs."""
+        """A key of what the units of a group were made for: parameters, their number, and what shapes the graphs."""
         members = self.members(group)
         shared = turns(members)
         ids = tuple(map(id, members))
@@ -87,7 +87,7 @@ class UnitsOfGroups(ParamGroups):
         return tx.leafwise and not tx.every_call
 
     def _alike(self, index: int, ids: Sequence[int], forms: Forms) -> bool:
-        """Whether the parameters of a group that it had at its last step are what they were."""
+        """Whether the parameters that a group had at its last step are unchanged."""
         before = self._forms.get(index)
         if before is None or before == forms:
             return True
@@ -97,7 +97,7 @@ class UnitsOfGroups(ParamGroups):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _adopted(self, index: int, group: dict[str, Any], units: list[Unit]) -> list[Unit]:
-        """Units with what `state` holds in place of their entries: the same, or others where they have to be."""
+        """Let units adopt entries of `state` that have been replaced; returns the same units, or new ones if needed."""
         states = list(self.state.values())
         moved = [unit for unit in units if not unit.intact(states)]
         if not moved:
@@ -117,7 +117,7 @@ class UnitsOfGroups(ParamGroups):
         return units
 
     def _replaced(self, index: int, group: dict[str, Any], units: list[Unit], unit: Unit) -> list[Unit]:
-        """Units with one of them made anew."""
+        """Make one of the units anew."""
         owners, i = self._owners(index, group), units.index(unit)
         mine = {id(owners[k]) for k in unit.parameters}
         return [*units[:i], *self._rebuilt(index, group, [unit], mine), *units[i + 1 :]]
@@ -125,7 +125,8 @@ class UnitsOfGroups(ParamGroups):
     def _rebuilt(
         self, index: int, group: dict[str, Any], units: list[Unit], only: Collection[int] | None = None
     ) -> list[Unit]:
-        """Others in place of `units`, see `_built`. Their graphs are kept for a while: they may be what others need."""
+        """Make units anew in place of `units`, see `_built`. The old graphs are kept until then: new units may need
+        them."""
         self._graphs.extend(ready for unit in units for ready in unit.steps.values())
         self.state.update(self._presented(units))
         return self._built(index, group, only)
@@ -145,9 +146,9 @@ class UnitsOfGroups(ParamGroups):
     def _built(
         self, index: int, group: dict[str, Any], only: Collection[int] | None = None, loaded: bool = False
     ) -> list[Unit]:
-        """Fresh units, with what `self.state` holds copied into them, and their entries in `self.state`.
+        """Make fresh units, copy the values of `self.state` into them, and put their entries into `self.state`.
 
-        only: ids of the parameters that they are for, in place of all that have a state. loaded: `state` is that of a
+        only: ids of the parameters to make them for, by default all that have a state. loaded: `state` comes from a
         checkpoint.
         """
         self._check_whole(index)
@@ -186,7 +187,7 @@ class UnitsOfGroups(ParamGroups):
         return Unit(tx, leaves, double, [] if apart else joins(leaves, stored), policy)
 
     def _show(self, units: Iterable[tuple[Unit, dict[str, set[str]]]], owners: Mapping[str, Tensor]) -> None:
-        """Put the entries of units into `state`, in place of those that they took and of what the rule had before."""
+        """Put the entries of units into `state`, in place of those that they took and of the rule's earlier ones."""
         for unit, taken in units:
             for k, entries in unit.entries.items():
                 p, ours = owners[k], taken.get(k, set())
@@ -205,7 +206,7 @@ class UnitsOfGroups(ParamGroups):
             unit.settle({k: (numbers[id(owners[k])], self.state[owners[k]]) for k in unit.entries})
 
     def _forget_new(self) -> None:
-        """Leave the parameters whose first step failed as they were."""
+        """Remove the state of parameters whose first step failed."""
         for p, before in self._new.items():
             self.state.pop(p, None)
             if before is not None:
@@ -215,8 +216,8 @@ class UnitsOfGroups(ParamGroups):
     def _presented(
         self, units: Iterable[Unit] | None = None, names: Sequence[str] | None = None
     ) -> dict[Tensor, dict[str, Any]]:
-        """What `state` holds of these or all units, or its entries of such names, whatever is in front of them. Of
-        leaves that have an owner, shards on all ranks, which all must call."""
+        """The entries in `state` of these units (default: all), or those whose names end in one of `names`. Entries of
+        parameters that have an owner are shards on all ranks, and all ranks must call."""
 
         def wanted(n: str) -> bool:
             return names is None or str(n).rpartition(".")[2] in names
@@ -247,7 +248,7 @@ def forms_of(tensors: Sequence[Tensor]) -> Forms:
 
 
 def turns(params: Sequence[Tensor]) -> tuple[int, ...]:
-    """For each parameter, how many before it begin at the same place in memory, as those that are tied by `.data`."""
+    """For each parameter, the number of earlier ones at the same place in memory, as parameters tied by `.data` are."""
     places = [_place(p) for p in params]
     if len(set(places)) == len(places):
         return (0,) * len(places)
@@ -260,7 +261,7 @@ def turns(params: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _place(p: Tensor) -> Any:
-    """Where a parameter begins; one that has no memory here of its own is somewhere else than all others."""
+    """The place in memory where a parameter begins; unique for one without memory of its own here."""
     if p.is_meta or isinstance(p, FakeTensor) or is_sharded(p) or p.numel() == 0:
         return id(p), None
     return p.data_ptr()

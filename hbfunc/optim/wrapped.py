@@ -1,4 +1,4 @@
-"""Any Transform as a torch.optim class, and the common partition of a model in one line.
+"""FromTransform, which makes a torch.optim.Optimizer of any Transform, and MatricesTo, the usual partition of a model.
 
 optimizer = FromTransform(model.named_parameters(), hbfunc.cautious(hbfunc.laprop(lr=1e-3)))
 optimizer = MatricesTo(model.named_parameters(), hbfunc.muon(lr=0.02), rest=hbfunc.adamw(lr=3e-4))
@@ -29,22 +29,22 @@ from hbfunc.tree import Place, hyper_names, hyper_places, learning_rates, replac
 
 
 class FromTransform(Averaging, WithCurvature):
-    """A torch.optim.Optimizer that steps with `transform`.
+    """A torch.optim.Optimizer that steps with any `transform`.
 
-    The hyperparameters in the transform's state are options of the param groups: "lr", "beta1", ...; where several
+    The hyperparameters in the transform's state are options of the param groups: "lr", "beta1", ...; if several
     transforms inside have some, with their names in front, as in "matrices.lr". Every group has an "lr", for LR
-    schedulers to drive: the transform's only learning rate, if it is a hyperparameter. Otherwise it is 1 at first, and
-    a factor of all learning rates inside, be they hyperparameters, constants or schedules, and of the updates of a
-    transform without, or a part of a `partition`. A group may bring a "transform" of its own.
-    An average inside, of `with_ema`, is called "transform.ema" in `state[p]`, or by its place ("with_ema.ema"): "ema"
-    is the one of `use_ema`.
+    schedulers to drive. It is the transform's learning rate, if there is only one and it is a hyperparameter. Otherwise
+    it is 1 at first and a factor: of all learning rates inside, whether hyperparameters, constants or schedules, and of
+    the updates of a transform, or a part of a `partition`, that has none. A group may bring a "transform" of its own.
+    The average of a `with_ema` inside is called "transform.ema" in `state[p]`, or by its place ("with_ema.ema"); "ema"
+    is that of `use_ema`.
 
-    params: as in torch.optim; `named_parameters()` where the transform looks at paths (`partition`, `masked`).
-    foreach: False steps parameter by parameter, which is the same unless the transform looks at several at once: a norm
-        over all leaves is that of a param group's on one device, or of one parameter for foreach=False.
-    curvature: for a transform that wants Hessian-vector products; see `step`.
+    params: as in torch.optim; `named_parameters()` if the transform looks at paths (`partition`, `masked`).
+    foreach: False steps the parameters one by one, which is the same unless the transform looks at several at once: a
+        norm over all parameters is one over a param group's on one device, or over one parameter for foreach=False.
+    curvature: True for a transform that needs Hessian-vector products; see `step`.
     nonfinite, consume_grad: see `StatefulOptimizer`.
-    Raises TypeError for a transform that is none.
+    Raises TypeError if `transform` is not a Transform.
     """
 
     _flushing: bool | Flush = False
@@ -89,19 +89,19 @@ class FromTransform(Averaging, WithCurvature):
                 self.check_hyperparameter(name, group[name])
 
     def _initial(self, group: dict[str, Any], names: list[str]) -> State:
-        """A first state of a group's transform."""
+        """The first state of a group's transform, for parameters called `names`."""
         named = zip(names, group["params"], strict=True)
         steppable = [(k, p) for k, p in named if p.requires_grad or p.is_floating_point()]
         leaves = Leaves(sorted((k, local(self._leaf(p))) for k, p in steppable))  # of DTensors the shards
         return self.transform(group).init(leaves)
 
     def check_hyperparameter(self, name: str, value: Any) -> None:
-        """Any finite number: what the names mean is the transform's affair."""
+        """Raise unless `value` is finite; the ranges are known to the transform alone."""
         check_number(name, value, -math.inf, math.inf, open_low=True, open_high=True)
 
     def flush(self) -> None:
-        """Apply the gradients that `accumulate` has gathered so far, and those that parameters have now, if any has
-        one: a step that ends the window. Without a transform that gathers, a step like any other."""
+        """Take a step that ends the window of `accumulate`: apply the gradients gathered so far, and those that
+        parameters have now. For a transform that does not accumulate, a step like any other."""
         given = any(p.grad is not None for group in self.param_groups for p in group["params"])
         self._flushing = Flush(True, int(given))
         try:
@@ -110,13 +110,13 @@ class FromTransform(Averaging, WithCurvature):
             self._flushing = False
 
     def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None, rehearse: bool = False) -> None:
-        """As the base class; in a `flush`, the transform is told."""
+        """Step a unit as the base class does; in a `flush`, with flush=True for the transform."""
         unit.flushing = self._flushing
         super().advance(unit, decision, products, rehearse)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim's; the group gets the hyperparameters of its transform, unless it brings them."""
+        """Add a param group, as in torch.optim; it gets the hyperparameters of its transform that it does not bring."""
         own_rate = "lr" in param_group
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -143,8 +143,8 @@ class FromTransform(Averaging, WithCurvature):
 
 @remembered
 def with_lr(inner: Transform) -> Transform:
-    """`inner` with a hyperparameter lr = 1 above: a factor of the learning rates inside, or of its updates if there are
-    none."""
+    """Wrap `inner` with a hyperparameter lr, at first 1: a factor of the learning rates inside, or of the updates if
+    there are none."""
     return _with_lr(inner)
 
 
@@ -191,5 +191,5 @@ def _lr_beside(hyper: dict[Place, Tensor]) -> dict[Place, Tensor]:
 
 
 def _as_written(x: Tensor) -> float | int:
-    """A hyperparameter as people write it: 0.0025, and not the nearest float32 in all digits of a float64."""
+    """A hyperparameter as people write it: 0.0025, not all the digits of the nearest float32."""
     return float(str(np.float32(x.item()))) if x.dtype == torch.float32 else x.item()
