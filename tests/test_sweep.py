@@ -589,7 +589,7 @@ def test_designs_that_are_none(make, error, message):
             TypeError,
             "mars=0.0: expected True or False",
         ),
-        (lr_only, {"lr": [1.0], "wd": [0.1]}, ValueError, "column 'wd', which is no argument of tx"),
+        (lr_only, {"lr": [1.0], "wd": [0.1]}, ValueError, "column 'wd', which is not an argument of tx"),
         (hbfunc.adamw(), {"lr": [1.0]}, ValueError, "pass a factory, such as lambda lr"),
         (3, {"seed": [1]}, TypeError, "tx: expected a Transform or a function"),
     ],
@@ -733,7 +733,7 @@ def test_best_lane(results):
     with pytest.raises(ValueError, match="expected 'min' or 'max'"):
         results.best(mode="least")
     results.diverged_at[:] = 3
-    with pytest.raises(ValueError, match="no lane ends with a number as loss"):
+    with pytest.raises(ValueError, match="every lane diverged: no finite final loss"):
         results.best()
 
 

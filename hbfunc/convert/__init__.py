@@ -11,7 +11,7 @@
     optimizer = hbfunc.SOAP(model.parameters(), ...)                       # the class and options of the old optimizer
     optimizer.load_state_dict(hbfunc.convert.from_heavyball(state, model.parameters()))
 
-A run goes on with the next steps of the original, to rounding; what would make other steps raises ValueError.
+A run goes on with the next steps of the original, to rounding; a checkpoint that cannot go on so raises ValueError.
 """
 
 from hbfunc.convert.heavyball import from_heavyball

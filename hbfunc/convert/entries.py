@@ -1,4 +1,4 @@
-"""What all conversions share: reading param groups, and filling the state of a recipe with values from elsewhere."""
+"""Helpers of all conversions: reading param groups, and filling the state of a recipe with values from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def filled(
     params: Mapping[int, Tensor],
     value: Callable[[int, str, Tensor], Any],
 ) -> dict[int, Entries]:
-    """The entries of parameters as the class of a recipe names and shapes them.
+    """Make the entries of parameters as the class of a recipe names and shapes them.
 
-    value: of a parameter's number, the last part of an entry's name, and a fresh entry: what it is to hold. Raises
-    ValueError for what does not fit.
+    value: called with a parameter's index, the last part of an entry's name, and a fresh entry; returns the value that
+    the entry is to have. Raises ValueError if it does not fit.
     """
     known = inspect.signature(recipe).parameters
     transform = recipe(**{k: v for k, v in options.items() if k in known})
@@ -50,7 +50,7 @@ def _real(x: Tensor) -> Tensor:
 
 
 def checked(state_dict: Mapping[str, Any], whose: str) -> list[Mapping[str, Any]]:
-    """The param groups of a state dict. Raises ValueError for what is none."""
+    """The param groups of a state dict. Raises ValueError if it is not a state dict."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"state_dict has no {key!r}: expected the state_dict() of {whose}")
@@ -58,5 +58,5 @@ def checked(state_dict: Mapping[str, Any], whose: str) -> list[Mapping[str, Any]
 
 
 def others(group: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """What a program has put into a param group besides the options of its class: "initial_lr", names."""
+    """Entries of a param group that are not options of its class: "initial_lr" of schedulers, names."""
     return {k: v for k, v in group.items() if k not in known}

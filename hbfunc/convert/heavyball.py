@@ -1,9 +1,9 @@
 """Checkpoints of HeavyBall 3.
 
-Where both compute the same, a run goes on as it would have: AdamW, RMSprop, LaProp, Schedule-Free AdamW and SOAP to
-rounding (warmup, PaLM's beta2 and MARS differ, see the migration page), Muon with hbfunc's orthogonalisation, ADOPT
-with the clip and the plain momentum of its authors' code, and PSGD-Kron with hbfunc's fit of the factors, from the
-factors that were reached.
+If both libraries compute the same, a run goes on as it would have, to rounding: AdamW, RMSprop, LaProp, Schedule-Free
+AdamW and SOAP (warmup, PaLM's beta2 and MARS differ, see the migration page). Muon goes on with hbfunc's
+orthogonalization, ADOPT with the clip and the plain momentum of its authors' code, and PSGD-Kron with hbfunc's fit,
+from the factors reached so far.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hbfunc.optimizers.soap import soap
 
 
 class Source(NamedTuple):
-    """How the entries of one rule are named there. rule: of the class; None if several classes have such entries."""
+    """Names of the entries of one rule in HeavyBall. rule: that of the class; None if several classes have them."""
 
     recipe: Callable[..., Transform]
     rule: str | None
@@ -69,7 +69,7 @@ SOURCES: dict[str, Source] = {
 
 
 def from_heavyball(state_dict: Mapping[str, Any], params: Iterable[Any] | None = None) -> dict[str, Any]:
-    """The state_dict() of a HeavyBall 3 optimizer as one that the class of the same name in hbfunc loads.
+    """Convert the state_dict() of a HeavyBall 3 optimizer to one that the class of the same name in hbfunc loads.
 
     params: the parameters, with or without names, in the order of the optimizer's. Needed if some are not float32, or
     if SOAP merges dims of some; their shapes are taken from the state otherwise.
@@ -77,8 +77,8 @@ def from_heavyball(state_dict: Mapping[str, Any], params: Iterable[Any] | None =
     Options that both have come along; those that HeavyBall does not keep in its param groups (clipping functions, PaLM,
     SOAP's precondition_frequency, PSGD's probability), stay as the hbfunc optimizer was built. Random draws start anew.
 
-    Raises ValueError, naming the entry, for what has no counterpart: other rules, chains of several rules, split
-    parameters, error-corrected state (ecc), state of HeavyBall 2 and before.
+    Raises ValueError, naming the entry, for everything without a counterpart: other rules, chains of several rules,
+    split parameters, error-corrected state (ecc), state of HeavyBall 2 and before.
     """
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -149,7 +149,7 @@ def _source(index: int, entries_of: Mapping[int, Entries]) -> Source:
                 raise ValueError(f"param_groups[{index}] has the state {foreign}, which has no counterpart")
             return source
     if names:
-        raise ValueError(f"param_groups[{index}] has the state {sorted(names)}: no rule of hbfunc leaves such")
+        raise ValueError(f"param_groups[{index}] has the state {sorted(names)}, which no rule of hbfunc has")
     return Source(adamw, None, {})
 
 
@@ -199,7 +199,7 @@ def _converted(
 
 
 def _factor(entries: Entries, kind: str, mode: int, packed: bool) -> Tensor | None:
-    """A basis or covariance of SOAP, a factor of PSGD, or its cache; there is a list for all modes."""
+    """A basis or covariance of SOAP, or a factor of PSGD or its cache, out of HeavyBall's list for all modes."""
     wanted = "Q" if kind == "cache" else kind
     factors = next(
         (x for name, x in entries.items() if re.fullmatch(rf"\w+psgd_{wanted}|\w+soap_{wanted}", name)), None
@@ -214,7 +214,7 @@ def _factor(entries: Entries, kind: str, mode: int, packed: bool) -> Tensor | No
 
 
 def _sum_of_gradients(source: Source, x: Tensor, steps: int, beta: float) -> Tensor:
-    """Muon's momentum, which is s <- beta s + g here, and there may be an average: raw, or debiased."""
+    """Muon's momentum s <- beta s + g, from HeavyBall's, which may be an average, raw or debiased."""
     kind = source.entries["momentum"]
     if kind == "nesterov_ema_momentum":
         return x / (1 - beta)

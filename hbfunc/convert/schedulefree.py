@@ -16,8 +16,9 @@ _PROGRESS = ("k", "weight_sum", "lr_max", "scheduled_lr", "foreach", "params")
 
 
 def from_schedulefree(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state_dict() of schedulefree.AdamWScheduleFree as one that hbfunc.SFAdamW loads, in train mode or in eval
-    mode, as it was saved. The options come along, with `largest_rate` and `add_eps`, so that the steps are the same.
+    """Convert the state_dict() of schedulefree.AdamWScheduleFree to one that hbfunc.SFAdamW loads, in train mode or in
+    eval mode, as it was saved. The options come along, with `largest_rate` and `add_eps`, so that the steps are the
+    same.
 
     Parameters that had no gradient yet start afresh. Raises ValueError, naming it, for another class of the package.
     """

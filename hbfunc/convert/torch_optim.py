@@ -23,7 +23,7 @@ from hbfunc.optimizers.sgd import sgd
 
 
 class Kind(NamedTuple):
-    """A class of torch.optim: an option that no other class there has, and what steps alike here."""
+    """A class of torch.optim, an option that no other class of torch.optim has, and the class of hbfunc for it."""
 
     name: str
     option: str
@@ -48,20 +48,20 @@ def from_torch(
     coupled_decay: bool = False,
     steps: int | None = None,
 ) -> dict[str, Any]:
-    """The state_dict() of torch.optim's AdamW, Adam, NAdam, RMSprop, SGD or Muon as one that hbfunc.AdamW, AdamW,
-    NAdam, RMSprop, SGD or Muon loads. lr, betas and the other options come along, and eps is added as there.
+    """Convert the state_dict() of torch.optim's AdamW, Adam, NAdam, RMSprop, SGD or Muon to one that hbfunc.AdamW,
+    AdamW, NAdam, RMSprop, SGD or Muon loads. lr, betas and the other options come along; eps is added as in torch.
 
-    of: the class that has written it, where it is before torch 2.7 and has a weight_decay: Adam's and AdamW's look
-        alike there, and mean different things.
+    of: the class that wrote the state dict. Needed before torch 2.7 with a weight_decay, since state dicts of Adam and
+        AdamW look alike there, and mean different things.
     coupled_decay: weight decay that torch adds to the gradient (Adam, RMSprop, NAdam, SGD with momentum) has no option
-        here. True leaves it out of the result, for a class that is built to do the same:
+        in hbfunc. True leaves it out of the result, for a class that is built to do the same:
         `hbfunc.AdamW(params, gradient_clipping=hbfunc.add_decayed_weights(0.01))`.
-    steps: how many have been made, which SGD and Muon do not write down. It matters to schedules and warmups only.
+    steps: the number of steps made, which SGD and Muon do not save. Only schedules and warmups depend on it.
 
-    RMSprop is not debiased there: its count here is so large that nothing is. Muon goes on with hbfunc's
-    orthogonalisation. Parameters that had no gradient yet start afresh.
-    Raises ValueError, naming the option, for what has no counterpart: amsgrad, maximize, RMSprop's centered and
-    momentum, another iteration or scale of Muon's, other classes.
+    torch's RMSprop is not debiased: the converted count is so large that hbfunc's is not either. Muon goes on with
+    hbfunc's orthogonalization. Parameters that had no gradient yet start afresh.
+    Raises ValueError, naming the option, for everything without a counterpart: amsgrad, maximize, RMSprop's centered
+    and momentum, another iteration or scale of Muon's, other classes.
     """
     state: dict[int, Entries] = {}
     groups = []
@@ -96,7 +96,7 @@ def _kind(group: Mapping[str, Any], where: str) -> Kind:
 
 
 def _options(kind: Kind, group: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The options of a param group as they are called here, but weight decay."""
+    """The options of a param group under hbfunc's names, except weight decay."""
 
     def refuse(name: str, why: str) -> None:
         raise ValueError(f"{where} has {name}={short(group[name])}: {why}")
@@ -126,7 +126,7 @@ def _options(kind: Kind, group: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def _decay(kind: Kind, group: Mapping[str, Any], where: str, of: type | None, coupled: bool) -> Any:
-    """The weight decay of a param group, which is multiplied here, as in AdamW."""
+    """The decoupled weight decay of a param group, as AdamW has it."""
     decay = group["weight_decay"]
     decoupled = group.get("decoupled_weight_decay", kind.name == "Muon")
     if kind.name == "SGD":
@@ -186,12 +186,12 @@ def _undebiased(beta: Any, t: float) -> int:
 
 
 def to_torch(state_dict: Mapping[str, Any], *, approximate: bool = False) -> dict[str, Any]:
-    """The state_dict() of hbfunc.AdamW or SGD as one that torch.optim.AdamW or SGD loads.
+    """Convert the state_dict() of hbfunc.AdamW or SGD to one that torch.optim.AdamW or SGD loads.
 
-    approximate: accept an eps that is a lower bound here (`add_eps=False`), and will be added there: the steps differ
-        where sqrt(v) is not much larger than eps.
+    approximate: accept an eps that is a lower bound of sqrt(v) in hbfunc (`add_eps=False`), although torch adds it: the
+        steps differ where sqrt(v) is not much larger than eps.
 
-    Raises ValueError, naming it, for an option that torch does not have, and for state of one.
+    Raises ValueError, naming it, for an option that torch does not have, and for the state of such an option.
     """
     state: dict[int, Entries] = {}
     groups = []
@@ -241,9 +241,7 @@ def _check_plain(recipe: Callable[..., Transform], group: Mapping[str, Any], whe
 def _entries(rule: str, group: Mapping[str, Any], entries: Mapping[str, Any], k: int) -> Entries:
     """The entries of a parameter as torch.optim names them."""
     wanted = ("count", "exp_avg", "exp_avg_sq") if rule == "adamw" else ("count", "momentum")
-    found = {
-        n.rsplit(".", 1)[-1]: n for n in entries if n.split(".")[0] not in AUXILIARY
-    }
+    found = {n.rsplit(".", 1)[-1]: n for n in entries if n.split(".")[0] not in AUXILIARY}
     if set(found) - {"skipped"} != set(wanted):
         raise ValueError(f"state[{k}] has {', '.join(sorted(entries))}, expected {', '.join(wanted)}")
     entries = {last: entries[n] for last, n in found.items()}

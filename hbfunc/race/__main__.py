@@ -23,7 +23,7 @@ Trainer = Callable[[Task, Entry, Plan, Callable[[int], object]], Curves]
 
 
 class Parser(argparse.ArgumentParser):
-    """A mistake in the arguments gets one line on stderr and exit status 2."""
+    """A parser that answers a mistake in the arguments with one line on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"hbfunc.race: {message}\n")
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def on_ranks(p: Parser, args: argparse.Namespace, device: torch.device) -> int:
-    """The race of a job of several ranks, of which the first prints and writes."""
+    """Run the race in a job of several ranks; the first prints and writes."""
     import torch.distributed as dist
 
     from hbfunc.race import fsdp
@@ -180,7 +180,7 @@ def run(
     trainer: Trainer = train,
     quiet: bool = False,
 ) -> tuple[list[report.Result], list[int]]:
-    """Train with each optimizer, under a progress bar; the ranked results, and the steps that they were scored at."""
+    """Train with each optimizer, under a progress bar; return the ranked results, and the steps of their scores."""
     from tqdm import tqdm
 
     entries, results, steps = recipes(), [], []
@@ -204,7 +204,7 @@ def a_device(p: Parser, name: str) -> torch.device:
 
 
 def writable(p: Parser, path: Path) -> None:
-    """Say now, and not after the race, that a file cannot be written."""
+    """Exit now, and not after the race, if a file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()

@@ -34,7 +34,7 @@ def join(device: torch.device) -> torch.device:
 
 
 def train(task: Task, entry: Entry, plan: Plan, tick: Callable[[int], object] = lambda lanes: None) -> Curves:
-    """As `hbfunc.race.train.train`, on all ranks."""
+    """Train as `hbfunc.race.train.train` does, on all ranks."""
     with torch.device("meta"):
         structure = task.build()
     interval = max(1, plan.steps // EVALUATIONS)
@@ -88,7 +88,7 @@ def _lane(
 
 
 def _evaluated(entry: Entry, model: torch.nn.Module, optimizer: FromTransform) -> Params:
-    """The whole parameters to judge, plain tensors."""
+    """The parameters to score, as plain whole tensors."""
     params = {name: whole(p.detach()) for name, p in model.named_parameters()}
     if entry.evaluate is None:
         return params

@@ -1,4 +1,4 @@
-"""Who takes part in the race: the library's classes, by their titles.
+"""Entries of the race: the library's classes, by their titles.
 
 A row is a function from the learning rate, a float or a 0-dim tensor, to a Transform; everything else keeps the
 recipe's own default. To let an optimizer of your own take part, add a row.
@@ -24,8 +24,8 @@ class Entry(NamedTuple):
     """An optimizer in the race.
 
     make: `make(lr)` is its Transform.
-    evaluate: (state, params) -> the parameters to judge, where those are not the trained ones.
-    refresh: step -> whether its expensive part is due, where all lanes can be told: `hbfunc.sweep.stream` has the rest.
+    evaluate: (state, params) -> the parameters to score; None: the trained ones.
+    refresh: step -> whether the expensive part is due, the same for all lanes; None: see `hbfunc.sweep.stream`.
     """
 
     make: Callable[[LR], hbfunc.Transform]
@@ -50,7 +50,7 @@ def _entry(cls: type[RecipeOptimizer]) -> Entry:
 
 
 def schedule(tx: hbfunc.Transform) -> RefreshSchedule | None:
-    """When the expensive part of a transform is due, or None where it has none or nobody can tell beforehand."""
+    """The schedule of the expensive part of a transform; None if it has none, or one that is not known beforehand."""
     return None if tx.refreshes is None else tx.refreshes(tx.init({"weight": torch.zeros(2, 2)}))
 
 

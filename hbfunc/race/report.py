@@ -1,4 +1,4 @@
-"""Who won: the best learning rate of each optimizer, a ranking of them, and three ways to show it.
+"""Reports on a race: the best learning rate of each optimizer, a ranking of them, and three ways to show it.
 
 The learning rate of an optimizer is the one with the best final score, as the mean over the initialisations; ties go
 to the best score on the way, then to the fewest steps to the target. The optimizers are ranked the same way. With
@@ -69,7 +69,7 @@ def rank(task: Task, run: Run, by: Criterion = "score") -> tuple[float, ...]:
 
 
 def ranking(task: Task, results: list[Result], by: Criterion = "score") -> list[Result]:
-    """The best optimizer first."""
+    """Sort the results, the best optimizer first."""
     return sorted(results, key=lambda r: rank(task, r.run, by))
 
 
@@ -78,7 +78,7 @@ def number(task: Task, x: float) -> str:
 
 
 def table(task: Task, ranked: list[Result], target: float) -> str:
-    """One row per optimizer, the winner first."""
+    """The table of the results as text, one row per optimizer, the winner first."""
     rows = [("", "optimizer", "best lr", "final", "best", f"steps to {number(task, target)}", "seconds")]
     for place, r in enumerate(ranked, 1):
         lr = f"{r.run.lr:.2g}" + ("*" if r.at_edge else " ")
@@ -98,7 +98,7 @@ def table(task: Task, ranked: list[Result], target: float) -> str:
 
 
 def draw(task: Task, ranked: list[Result], steps: list[int], target: float, path: Path) -> None:
-    """A PNG: each optimizer's curve at its best learning rate on the left, its final score by learning rate right."""
+    """Draw a PNG: on the left each optimizer's curve at its best learning rate, on the right its score by rate."""
     import matplotlib
     from matplotlib.figure import Figure
 

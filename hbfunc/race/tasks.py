@@ -1,4 +1,4 @@
-"""What the race trains on: real data that every machine already has, and a small network for each.
+"""Tasks of the race: real data that every machine already has, and a small network for each.
 
 `digits` is scikit-learn's set of 1,797 handwritten digits, which lies inside its wheel. `text` is the source code of
 Python's own standard library, read character by character. A task is data, a model, and two functions of (parameters,

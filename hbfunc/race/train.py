@@ -1,4 +1,4 @@
-"""The training: one optimizer, its whole grid of learning rates and all initialisations, as one sweep.
+"""Training for the race: one optimizer, its whole grid of learning rates and all initialisations, as one sweep.
 
 A lane is one learning rate with one initialisation. `hbfunc.sweep` maps the training step over the lanes, with the same
 batches for all; a lane that diverges scores NaN from there on, and touches no other.
@@ -21,7 +21,7 @@ EVALUATIONS = 60  # points on a curve
 
 
 class Plan(NamedTuple):
-    """What every optimizer of a race gets."""
+    """The setup that every optimizer of a race gets."""
 
     lrs: list[float]
     steps: int
@@ -41,9 +41,9 @@ class Plan(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What training leaves: E evaluations, at `steps`, of `scores` [E, learning rates, repeats]; `seconds` of work.
+    """The scores of a training: E evaluations, at `steps`, of `scores` [E, learning rates, repeats]; `seconds` of work.
 
-    The clock starts after the first step: lazy imports and compilation happen there, and are nobody's training time.
+    The clock starts after the first step, so that lazy imports and compilation do not count as training.
     """
 
     steps: list[int]
@@ -52,7 +52,7 @@ class Curves(NamedTuple):
 
 
 def train(task: Task, entry: Entry, plan: Plan, tick: Callable[[int], object] = lambda lanes: None) -> Curves:
-    """Train `task` with `entry` at each learning rate and initialisation; `tick` hears of every step done."""
+    """Train `task` with `entry` at each learning rate and initialisation; calls `tick` after every step."""
     with torch.device("meta"):  # only the model's structure is needed
         model = task.build()
     ticks: list[float] = []

@@ -12,7 +12,7 @@ designs     which hyperparameters each lane gets
 modules     any nn.Module as a pure function, buffers and dropout included
 engine      one lane's step, the same for K lanes, and the loop around it
 memory      how many lanes fit
-results     what comes out
+results     arrays, tables and pictures of what the lanes did
 """
 
 from hbfunc.sweep.designs import Design, design, grid, log_uniform, product, sample, uniform, zipped

@@ -92,7 +92,7 @@ def log_uniform(low: float, high: float) -> Distribution:
 
 
 def design(columns: Mapping[str, Any]) -> Design:
-    """A mapping from names to values as a design. Raises ValueError for no column, or columns of different lengths."""
+    """Make a design of a mapping from names to values. Raises ValueError for no column, or for different lengths."""
     made = {name: column(name, values) for name, values in columns.items()}
     if not made:
         raise ValueError("a design needs at least one column")
@@ -103,7 +103,7 @@ def design(columns: Mapping[str, Any]) -> Design:
 
 
 def size(columns: Mapping[str, Tensor]) -> int:
-    """K, the number of lanes."""
+    """The number of lanes, K."""
     return len(next(iter(columns.values())))
 
 

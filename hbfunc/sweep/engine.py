@@ -66,7 +66,7 @@ def init(
         the only one. A column whose name has dots is a hyperparameter of the state, {"matrices.lr": [0.1, 0.2]}, as in
         `with_hyper`. Seeds are int64, other columns float32 (float64 for float64 parameters), 0-d.
 
-    Whatever comes is detached and copied. Raises ValueError for a column that the factory does not take or that is no
+    All tensors are detached and copied. Raises ValueError for a column that is neither an argument of the factory nor a
     hyperparameter of the state, and for stacks of another length than K; TypeError for a hyperparameter whose value the
     factory looks at: it changes the structure, so it needs a sweep per value.
     """
@@ -76,7 +76,7 @@ def init(
     for name in design:
         if wanted is not None and name not in wanted and name != "seed" and "." not in name:
             hint = "pass a factory, such as lambda lr: hbfunc.adamw(lr=lr)" if not wanted else f"it takes {wanted}"
-            raise ValueError(f"design has a column {name!r}, which is no argument of tx: {hint}")
+            raise ValueError(f"design has a column {name!r}, which is not an argument of tx: {hint}")
     if callable(params):
         if "seed" not in design:
             raise ValueError("params is a function of the seed: the design needs a column 'seed'")
@@ -138,7 +138,7 @@ def _by_path(state: dict[str, Any], columns: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _linked(known: links.Links, state: dict[str, Any], columns: Mapping[str, Tensor]) -> links.Links:
-    """The links, with those of the columns that have dots in their names."""
+    """Add the links of the columns that have dots in their names."""
     for name in columns:
         if "." in name:
             place = links.named(state, name)[0]
@@ -175,15 +175,15 @@ def _structural(build: Callable[[Mapping[str, Any]], Transform], columns: dict[s
 def vectorize(
     step: Step, compile: bool | str | Callable[..., Any] = False, lane_batches: bool | None = None
 ) -> Callable[..., tuple[Lanes, Metrics]]:
-    """`step` mapped over lanes: (lanes, batch, refresh=None) -> (lanes, metrics [K] each).
+    """Map `step` over lanes: (lanes, batch, refresh=None) -> (lanes, metrics [K] each).
 
-    compile: True, a mode of torch.compile, or a function to compile with. One graph per value of `refresh` and shape;
-    new hyperparameters, in any lane, need none.
-    lane_batches: whether a batch has a row for each lane, tensors [K, ...] all through, or is one for all. None: one
-        for all, and ValueError where all of its tensors have K rows, so that it could be either.
+    compile: True, a mode of torch.compile, or a function to compile with. There is one graph per value of `refresh` and
+        shape; new hyperparameters, in any lane, need no new one.
+    lane_batches: True if a batch has a row for each lane (all of its tensors are [K, ...]), False if it is one for all.
+        None means one for all, with a ValueError if all of its tensors have K rows, so that it could be either.
 
     A step raises ValueError for a batch with another number of rows than there are lanes, and RuntimeError for a loss
-    that draws random numbers in torch's way, or looks at the value of a tensor.
+    that draws from torch's global generator, or looks at the value of a tensor.
     """
 
     def lanes_step(lanes: Lanes, batch: Any, refresh: Refresh = None) -> tuple[Lanes, Metrics]:
@@ -230,7 +230,7 @@ _ADVICE = {
 
 
 def check_batch(batch: Any, k: int, lane_batches: bool | None) -> None:
-    """Raise ValueError for a batch that has not a row for each lane, or that may have, where nobody said so."""
+    """Raise ValueError for a batch that lacks a row for each lane with lane_batches=True, or is ambiguous with None."""
     shapes = [tuple(x.shape) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
     if lane_batches:
         for shape in shapes:

@@ -30,14 +30,14 @@ ENTRIES = ("params", "buffers", "state", "design", "key", "step", "diverged_at")
 def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = (), *, curvature: bool = False) -> Step:
     """The training step of one lane, pure: step(lane, batch, refresh=None) -> (lane, metrics).
 
-    loss_fn(params, batch) returns the loss, 0-d, or (loss, aux) with aux a dict of 0-d metrics. What it asks for in
-    `needs` comes by keyword: "buffers" (it then returns the new ones as aux["buffers"]), "key" (int64 [2], fresh at
-    every step, for `dropout`), "design" (the lane's columns, 0-d each).
+    loss_fn(params, batch) returns the loss, 0-d, or (loss, aux) with aux a dict of 0-d metrics. `needs` lists what it
+    takes by keyword: "buffers" (it then returns the new ones as aux["buffers"]), "key" (int64 [2], fresh at every step,
+    for `dropout`), "design" (the lane's columns, 0-d each).
     tx: a Transform, or a factory of one whose arguments are columns of the design.
     curvature: hand Hessian-vector products of the loss to a transform that needs them.
     refresh: handed to a transform that needs it, see `Transform`.
 
-    Raises ValueError for a need that is none.
+    Raises ValueError for a name in `needs` that is not one of these.
     """
     if unknown := set(needs) - set(_EXTRAS):
         raise ValueError(f"needs={min(unknown)!r}: expected some of {', '.join(map(repr, _EXTRAS))}")
@@ -74,7 +74,8 @@ def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = (
 
 
 def freeze(step: Step) -> Step:
-    """`step` for lanes that may diverge: one whose loss or parameters are not finite stays as it was before the step.
+    """Wrap `step` for lanes that may diverge: a lane whose loss or parameters are not finite keeps its last finite
+    values.
 
     lane["diverged_at"] is then that step, counted from 1; metrics are what they were at that step, NaN from there on.
     """
@@ -139,7 +140,7 @@ def rows_taken(lanes: Lanes, index: int | slice | Tensor) -> Lanes:
 
 
 def _place(lane: Lane, name: str) -> tuple[str, ...]:
-    """The keys that lead to a hyperparameter."""
+    """The place of a hyperparameter: the keys that lead to it."""
     if name in lane["design"]:
         return "design", name
     places = [("state", *place) for place in links.named(lane["state"], name)]
@@ -155,14 +156,14 @@ def _computed_anew(lane: Lane) -> dict[str, Any]:
 
 
 def _apart(tree: Any, given: Any) -> Any:
-    """The tree, with copies of the tensors that it has from `given`."""
+    """Copy the tensors of a tree that are also in `given`."""
     taken = dict.fromkeys(x for x in pytree.tree_leaves(given) if isinstance(x, Tensor))
     return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x in taken else x, tree)
 
 
 def builder_of(tx: Factory) -> Callable[[Mapping[str, Any]], Transform]:
-    """From a lane's columns to its optimizer. Left out are "seed", where the factory does not ask for it, and names
-    with dots, which are those of hyperparameters in the state."""
+    """Make the function from a lane's columns to its optimizer. It leaves out "seed", if the factory does not take it,
+    and names with dots, which are those of hyperparameters in the state."""
     if isinstance(tx, Transform):
         return lambda columns: tx
     wanted = arguments_of(tx)
@@ -174,7 +175,7 @@ def builder_of(tx: Factory) -> Callable[[Mapping[str, Any]], Transform]:
 
 
 def arguments_of(tx: Factory) -> set[str] | None:
-    """The columns that tx takes; None: any."""
+    """The names of the columns that tx takes; None for any."""
     if isinstance(tx, Transform):
         return set()
     if not callable(tx):

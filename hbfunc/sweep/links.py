@@ -1,4 +1,4 @@
-"""How the hyperparameters in a lane's state hang on the columns of its design.
+"""Links from the columns of a sweep's design to the hyperparameters in a lane's state.
 
     lane["links"]["copies"]     column -> places: the hyperparameters that are the column itself
     lane["links"]["computed"]   place -> columns: those that are functions of columns, computed at every step
@@ -72,7 +72,7 @@ def _live(
 
 
 class _Trace(TorchFunctionMode):
-    """Remembers which tensors every tensor was computed from."""
+    """A dispatch mode that remembers which tensors every tensor was computed from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Trace(TorchFunctionMode):
 
 
 def named(state: State, name: str) -> list[Place]:
-    """The places of the hyperparameters called so: "lr", "matrices.lr", or as much of the path as it takes."""
+    """The places of the hyperparameters called `name`: "lr", "matrices.lr", or any longer end of the path."""
     short = hyper_names(dict(hyper_places(state)))
     full = {place: ".".join(key for key in place if key not in ("hyper", "inner")) for place in short}
     matching = [place for place, path in full.items() if path == name or path.endswith(f".{name}")]

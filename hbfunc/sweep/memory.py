@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made within, and alive at once: `peak`. Workspaces inside kernels are unseen."""
+    """A dispatch mode that counts the bytes of tensors made within it and alive at once, `peak`. It does not see the
+    workspaces inside kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,14 +38,14 @@ class PeakBytes(TorchDispatchMode):
 
 
 def peak_bytes(fn: Callable[[], Any]) -> int:
-    """The largest number of bytes in tensors, made by fn and alive at once, its result included."""
+    """The largest number of bytes in tensors made by fn that are alive at once, its result included."""
     with PeakBytes() as count:
         fn()
     return count.peak
 
 
 def available(device: torch.device) -> int:
-    """Bytes of free memory on a device; for the CPU within the limit of the container, where there is one."""
+    """Bytes of free memory on a device; for the CPU, within the container's limit if there is one."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = [int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))]

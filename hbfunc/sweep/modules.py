@@ -26,7 +26,8 @@ _SHARED = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
 
 
 class Functional(NamedTuple):
-    """`apply(params, buffers, *args, key=None, **kwargs) -> (output, buffers)`, pure. Params and buffers by name."""
+    """A module as a pure function, apply(params, buffers, *args, key=None, **kwargs) -> (output, buffers), with its
+    params and buffers by name."""
 
     params: Tensors
     buffers: Tensors
@@ -34,12 +35,12 @@ class Functional(NamedTuple):
 
 
 def functional(module: nn.Module) -> Functional:
-    """A module as a pure function. The module itself stays as it is; its mode (train or eval) is taken now.
+    """Make a pure function of a module, which stays as it is; the function keeps its present mode, train or eval.
 
-    Its dropout layers draw from `key`, int64 [2], each one and each call for itself. `apply` raises ValueError when it
-    has such layers, in train mode, and no key. Raises ValueError for a layer in train mode that is no function of what
-    it is given, or looks at a value: other dropouts than nn.Dropout and its spatial variants, attention and recurrent
-    layers with a dropout of their own, nn.RReLU, and batch norms with momentum=None.
+    Dropout layers draw from `key`, int64 [2], each layer and each call for itself; without a key, `apply` raises
+    ValueError if there are such layers in train mode. Raises ValueError for a layer in train mode that draws from
+    torch's global generator or looks at a value: dropouts other than nn.Dropout and its spatial variants, attention and
+    recurrent layers with a dropout of their own, nn.RReLU, and batch norms with momentum=None.
     """
     _check(module)
     model = copy.deepcopy(module).requires_grad_(False)
@@ -100,7 +101,7 @@ def _check(module: nn.Module) -> None:
 
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[int], Tensors]:
-    """From a seed to the parameters of a fresh `build()`: one initialisation per seed, for `sweep.init` and `run`.
+    """Make the function from a seed to the parameters of a fresh `build()`, for the `params` of `sweep.init` and `run`.
 
     torch's global generator (of the CPU) is left as it was.
     """
@@ -114,7 +115,7 @@ def seeded(build: Callable[[], nn.Module]) -> Callable[[int], Tensors]:
 
 
 def dropout(key: Tensor, x: Tensor, p: float | Tensor = 0.5) -> Tensor:
-    """x with each entry zeroed with probability p, the others divided by 1 - p (Srivastava et al. 2014), from a key.
+    """Dropout (Srivastava et al. 2014) from a key: each entry of x becomes 0 with probability p, else x / (1 - p).
 
     key: int64 [2]. p: a float in [0, 1), or a 0-dim tensor. Raises ValueError for a float out of range.
     """

@@ -1,4 +1,4 @@
-"""What a sweep leaves: NumPy arrays, and a few views of them."""
+"""Results of a sweep: NumPy arrays, and tables and pictures of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 
 class Best(NamedTuple):
-    """A lane: its number, its final metric, its hyperparameters, and the entries of it that were kept."""
+    """The best lane: its index, its final metric, its hyperparameters, and the entries of it that were kept."""
 
     lane: int
     value: float
@@ -24,9 +24,9 @@ class Best(NamedTuple):
 
 @dataclass
 class Results:
-    """K lanes, recorded E times.
+    """The record of a sweep: K lanes, recorded E times.
 
-    design: each hyperparameter, [K] (float64; int64 for seeds), as the sweep began.
+    design: each hyperparameter at the start, [K] (float64; int64 for seeds).
     steps: [E], the steps that were recorded.
     metrics: "loss" and the others by name, [E, K]; NaN once a lane has diverged.
     diverged_at: [K], the step (from 1) at which loss or parameters were no longer finite; -1 for never.
@@ -57,7 +57,7 @@ class Results:
         lane = int(self.order(metric, mode)[0])
         value = float(self.final(metric)[lane])
         if np.isnan(value):
-            raise ValueError(f"no lane ends with a number as {metric}")
+            raise ValueError(f"every lane diverged: no finite final {metric}")
         hyper = {name: column[lane].item() for name, column in self.design.items()}
         return Best(lane, value, hyper, map_state(lambda _, x: x[lane], self.lanes))
 
@@ -112,7 +112,7 @@ class Results:
         return ax
 
     def cells(self, x: str, y: str, metric: str = "loss") -> tuple[Array, Array, Array]:
-        """What `heatmap` draws: values [len(ys), len(xs)], xs, ys, sorted."""
+        """The values that `heatmap` draws: means [len(ys), len(xs)], and the sorted xs and ys."""
         xs, column = np.unique(self._column(x), return_inverse=True)
         ys, row = np.unique(self._column(y), return_inverse=True)
         total, count = np.zeros((2, len(ys), len(xs)))

@@ -1,4 +1,4 @@
-"""A sweep as a loop: chunks that fit memory, events, a progress bar and results."""
+"""Running a sweep: a loop over chunks of lanes that fit memory, with events, a progress bar and results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hbfunc.sweep.results import Array, Results
 
 
 class Event(NamedTuple):
-    """What `stream` yields: after `step` steps (from 1), the metrics [k] of the lanes start, ..., start + k - 1."""
+    """An item of `stream`: after `step` steps, the metrics [k] of the lanes start, ..., start + k - 1."""
 
     start: int
     step: int
@@ -56,15 +56,15 @@ def stream(
     loss_fn, tx, needs, curvature: see `make_step`. params, design, buffers, stacked: see `init`.
     batches: a sequence, or a function of the step t = 1, 2, ..., because every chunk sees them again.
     steps: how many; by default len(batches).
-    refresh: a function of the step, decided here for all lanes; None: in the graph, where each decides for itself.
+    refresh: a function of the step that decides for all lanes; None lets each lane decide, in the graph.
     evaluate: lane -> metrics (0-d), computed with the events; NaN for diverged lanes.
     compile, lane_batches: see `vectorize`; K is that of the design, whatever the chunks.
     chunk: lanes at once. By default as many as fit into `memory_bytes`, by default half of the free memory, counted
         in one step with one lane and one with two. Chunks have the same size: the last is padded with its own lanes.
     tick: called after each step with its number of lanes.
 
-    Whatever the tensors that come require, no graph is kept from one step to the next. An event's lanes are those that
-    are trained on: to be read, and copied (`take`) to be kept.
+    No autograd graph is kept from one step to the next, even for tensors that require grad. The lanes of an event are
+    those being trained: read them, and copy them (`take`) to keep them.
 
     Raises ValueError for arguments out of range, TypeError for batches that cannot be read twice.
     """
@@ -94,7 +94,7 @@ def stream(
         return init(tx, mine, part, _rows(buffers, rows) if stacked else buffers, stacked=stacked)
 
     def bytes_held(lanes: int) -> int:
-        """By a step of so many lanes: of the kinds of step that the first hundred have, the largest."""
+        """Peak bytes of one step with this many lanes, over all refresh decisions of the first 100 steps."""
 
         def work(value: Refresh) -> None:
             new, _ = plain(begun, batch(1, rows), refresh=value)
@@ -108,7 +108,7 @@ def stream(
         return lanes_bytes + max(memory.peak_bytes(partial(work, kind)) for kind in kinds)
 
     def fitting() -> int:
-        """How many lanes to train at once."""
+        """The number of lanes to train at once."""
         device = next(x.device for x in pytree.tree_leaves(begin(torch.zeros(1, dtype=torch.int64))["params"]))
         budget = memory.available(device) // 2 if memory_bytes is None else memory_bytes
         return memory.chunk_size(k, bytes_held(1), bytes_held(2), budget)
@@ -141,7 +141,7 @@ def run(
     progress: bool | None = None,
     **options: Any,
 ) -> Results:
-    """Train the K lanes of `design`: `stream` to its end, and what it leaves.
+    """Train the K lanes of `design` to the end, and return the Results.
 
     keep: the entries of the lanes that the results keep, on the CPU.
     progress: a tqdm bar; None shows one on a terminal if tqdm is installed.
@@ -179,14 +179,14 @@ def run(
 
 
 def _array(x: Tensor) -> Array:
-    """A metric as NumPy has it, which knows no bfloat16."""
+    """A metric as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     x = x.detach().cpu()
     return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def _tables(events: list[dict[str, list[Array]]], k: int) -> dict[str, Array]:
-    """By metric, its values at all events, [E, K]; NaN where an event has none. What has no such table is left out with
-    a warning: the training is done, and its other results are kept."""
+    """By metric, the table [E, K] of its values at all events; NaN where an event has none. A metric whose shape
+    changes is left out with a warning: the training is done, and its other results are kept."""
     tables = {}
     for name in dict.fromkeys(name for event in events for name in event):
         missing = [np.full(k, np.nan)]
@@ -220,7 +220,7 @@ def _rows(tree: Tree | None, rows: Tensor) -> Tree:
 
 
 def _evaluator(evaluate: Callable[[Lane], Metrics]) -> Callable[[Lane], Metrics]:
-    """`evaluate`, NaN for a lane that has diverged."""
+    """Wrap `evaluate`: NaN for a lane that has diverged."""
 
     def measure(lane: Lane) -> Metrics:
         alive = lane["diverged_at"] < 0
@@ -250,7 +250,7 @@ class _Bar:
         self._try("close")
 
     def tick(self, lanes: int) -> None:
-        """So many lanes have made a step."""
+        """Move the bar on by a step of this many lanes."""
         self._try("update", lanes)
 
     def _try(self, what: str, *args: Any) -> None:

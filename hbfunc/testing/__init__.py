@@ -66,7 +66,7 @@ def check(
         gradients, one dict per step with None for no gradient, and returns the parameters after each step.
     extras: from the step t = 1, 2, ... to keyword arguments of `update`, for a transform that needs some. host_extras:
         the same for the property that differentiates, where a decision in the graph (torch.cond) has no derivative.
-    Raises TypeError for what is no Transform and KeyError for an unknown property.
+    Raises TypeError if `transform` is not a Transform and KeyError for an unknown property.
     """
     this = case(transform, params, oracle=oracle, extras=extras, host_extras=host_extras)
     names = list(PROPERTIES if properties is None else properties)

@@ -1,4 +1,4 @@
-"""A transform and what it is checked on."""
+"""Cases for the properties: a transform, parameters to check it on, and an oracle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Extras = Callable[[int], Mapping[str, Any]]
 
 
 class Case(NamedTuple):
-    """A transform and what to check it on.
+    """A transform and the parameters to check it on.
 
     params: float64 tensors by path. oracle: see `check`. extras: from the step t = 1, 2, ... to the keyword arguments
     of that update; host_extras: the same where the update is differentiated (a static `refresh`, say).
@@ -48,7 +48,7 @@ def case(
     extras: Extras | None = None,
     host_extras: Extras | None = None,
 ) -> Case:
-    """The Case of these arguments, which are those of `check`."""
+    """Make a Case; the arguments are those of `check`."""
     if not isinstance(transform, Transform):
         raise TypeError(
             f"transform={short(transform)}: expected a Transform; call the factory, as in check(my_transform())"

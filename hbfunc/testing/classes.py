@@ -1,4 +1,4 @@
-"""What every optimizer class promises, as properties: `hbfunc.testing.check_class(MyClass)`."""
+"""Properties that every optimizer class has to have: `hbfunc.testing.check_class(MyClass)`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UNKNOWN = "no_option_has_this_name"
 
 
 class Subject(NamedTuple):
-    """A class and what to check it on. options: of one group, and of another."""
+    """A class and two sets of `options`, for two param groups to check it on."""
 
     cls: type[RecipeOptimizer]
     options: Sequence[Mapping[str, Any]]
@@ -45,12 +45,12 @@ class Subject(NamedTuple):
         return self.cls(self.groups(), foreach=foreach, seed=SEED)
 
     def transform(self, **options: Any) -> Transform:
-        """The functional twin of a group with these options."""
+        """The functional transform of a group with these options."""
         seeded = {"seed": SEED} if "seed" in self.cls.options_of_recipe else {}
         return self.cls.functional(**seeded, **options)
 
     def leafwise(self) -> bool:
-        """Whether leaves know nothing of each other, so that foreach changes no number."""
+        """Whether no parameter depends on another, so that foreach changes no number."""
         return all(self.transform(**options).leafwise for options in self.options)
 
 
@@ -80,9 +80,10 @@ def check_class(
 
         hbfunc.testing.check_class(Mine)
 
-    options: of one param group, and of another; by default those of the class, and another rate and weight decay.
-    shapes: of the parameters of each group, by name. properties: names out of `CLASS_PROPERTIES`; by default all.
-    Steps are not compiled: `check` does that for the transform. Raises TypeError for what is no such class.
+    options: the options of two param groups; by default those of the class, and another rate and weight decay.
+    shapes: the shapes of the parameters of each group, by name.
+    properties: names out of `CLASS_PROPERTIES`; by default all.
+    Steps are not compiled; `check` does that for the transform. Raises TypeError if `cls` is not such a class.
     """
     if not (isinstance(cls, type) and issubclass(cls, RecipeOptimizer) and hasattr(cls, "recipe")):
         raise TypeError(f"cls={short(cls)}: expected a subclass of RecipeOptimizer with a recipe")
@@ -104,8 +105,9 @@ def check_class(
 
 
 def equals_its_recipe(subject: Subject) -> None:
-    """Bit for bit, in two groups and one that is added, foreach or not; gradients come late, stay away, or are frozen.
-    A parameter without a gradient keeps its value, and the entries of its state where leaves know nothing of others."""
+    """The class steps as its recipe does, bit for bit: in two groups and one that is added, foreach or not, with
+    gradients that come late, stay away, or are frozen. A parameter without a gradient keeps its value, and the entries
+    of its state if no parameter depends on another."""
     alone = subject.leafwise()
     for foreach in (True, False) if alone else (True,):
         optimizer = subject.optimizer(foreach)
@@ -131,7 +133,8 @@ def equals_its_recipe(subject: Subject) -> None:
 
 
 def goes_on_from_a_checkpoint(subject: Subject) -> None:
-    """Saved, loaded with weights_only=True into one that has stepped or not; deep copies and pickles go on as well."""
+    """A checkpoint, loaded with weights_only=True into an optimizer that has stepped or not, goes on bit for bit, as do
+    deep copies and pickles."""
     optimizer = subject.optimizer()
     optimizer.load_state_dict(optimizer.state_dict())  # before the first step
     assert optimizer.state_size() == 0, "there is a state before the first step"
@@ -155,7 +158,7 @@ def goes_on_from_a_checkpoint(subject: Subject) -> None:
 
 
 def follows_a_scheduler(subject: Subject) -> None:
-    """A learning rate that a scheduler writes counts at the next step, as one in the functional state does."""
+    """A learning rate that a scheduler writes takes effect at the next step, as one in the functional state does."""
     optimizer = subject.optimizer()
     twins = [Twin(subject.transform(**o), p) for o, p in zip(subject.options, _params(optimizer), strict=True)]
     if any("lr" not in twin.state.get("hyper", {}) for twin in twins):
@@ -174,7 +177,7 @@ def follows_a_scheduler(subject: Subject) -> None:
 
 
 def has_the_signature_of_its_recipe(subject: Subject) -> None:
-    """Names and defaults, or `use_default` where a class attribute is the default."""
+    """The class takes the recipe's options with its defaults, or `use_default` if a class attribute is the default."""
     known = inspect.signature(subject.cls).parameters
     for name in ("params", "foreach", "seed", "nonfinite"):
         assert name in known, f"{subject.cls.__name__} has no argument {name}"
@@ -184,7 +187,7 @@ def has_the_signature_of_its_recipe(subject: Subject) -> None:
 
 
 def refuses_unknown_options(subject: Subject) -> None:
-    """As an argument. Nothing is half done: the error comes before there is an optimizer."""
+    """An option that the recipe does not have raises TypeError that names it."""
     try:
         subject.cls([torch.nn.Parameter(torch.ones(2))], **{_UNKNOWN: True})
     except TypeError as error:
@@ -225,12 +228,12 @@ def _eager() -> Iterator[None]:
 
 
 def _params(optimizer: Any) -> list[dict[str, Tensor]]:
-    """Of each param group, by name."""
+    """The parameters of each param group, by name."""
     return [dict(zip(g["param_names"], g["params"], strict=True)) for g in optimizer.param_groups]
 
 
 def _gradients(optimizer: Any, t: int) -> dict[str, Tensor | None]:
-    """Sets those of step t, and returns them: frozen parameters have none, others now and then, and at first."""
+    """Set and return the gradients of step t; frozen parameters have none, nor do others at first and now and then."""
     grads: dict[str, Tensor | None] = {}
     for i, (k, p) in enumerate((k, p) for params in _params(optimizer) for k, p in params.items()):
         draw = torch.Generator().manual_seed(1000 * t + i)
@@ -247,7 +250,7 @@ def _train(optimizer: Any, steps: range) -> None:
 
 
 def _loaded(subject: Subject, optimizer: Any, steps: int) -> Any:
-    """Another optimizer, after some steps of its own, with the values and the state of this one."""
+    """Make another optimizer, which makes some steps of its own and then loads this one's values and state."""
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)

@@ -40,7 +40,7 @@ PROPERTIES: dict[str, Callable[[Case], None]] = {}
 
 
 def _property(check: Callable[[Case], None]) -> Callable[[Case], None]:
-    """Enter a check in the table. Whatever goes wrong in it becomes an AssertionError that opens with its name."""
+    """Enter a check in the table. Any error in it becomes an AssertionError that begins with the check's name."""
 
     @functools.wraps(check)
     def named(case: Case) -> None:
@@ -58,7 +58,7 @@ def _property(check: Callable[[Case], None]) -> Callable[[Case], None]:
 
 @_property
 def matches_the_oracle(case: Case) -> None:
-    """20 steps agree with the oracle to 1e-12 of the leaf's scale, gradients that come late or not at all included."""
+    """20 steps agree with the oracle to 1e-12 of the leaf's scale, also with gradients that come late or not at all."""
     if case.oracle is None:
         return
     absent = dict(zip(case.params, itertools.cycle([(), (1, 2), (4, 5, 6)]), strict=False))
@@ -324,7 +324,7 @@ def shares_no_memory(case: Case) -> None:
 
 @_property
 def joins_its_leaves(case: Case) -> None:
-    """A transform that calls itself elementwise gives the same bits for all leaves as one flat leaf."""
+    """A transform with `elementwise` gives the same bits for the leaves and for all of them as one flat leaf."""
     if not case.transform.elementwise:
         return
     for dtype in (torch.float32, torch.float64):
@@ -345,7 +345,7 @@ def joins_its_leaves(case: Case) -> None:
 
 @_property
 def steps_its_leaves_alone(case: Case) -> None:
-    """A transform that calls itself leafwise gives a leaf the same updates whichever others there are."""
+    """A transform with `leafwise` gives a leaf the same updates, whichever other leaves there are."""
     if not case.transform.leafwise or "curvature" in case.extras(1):
         return
     params, state = case.params, case.transform.init(case.params)

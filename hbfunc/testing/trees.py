@@ -29,7 +29,7 @@ def cast(dtype: torch.dtype, tree: Params) -> Params:
 
 
 def trajectory(case: Case, grads: Sequence[Grads] | None = None) -> Iterator[tuple[int, Params, State, Params]]:
-    """t, and the parameters, the state and the updates after step t."""
+    """Take the steps of a case; yields t, and the parameters, the state and the updates after step t."""
     params, state = case.params, case.transform.init(case.params)
     for t, step in enumerate(grads or gradients(case), 1):
         updates, state = case.update(state, step, params, t)
@@ -43,7 +43,7 @@ def hyper_entries(state: State) -> dict[str, Tensor]:
 
 
 def nearby(x: Tensor, i: int) -> Tensor:
-    """The i-th of some values near x, x itself first: inside every range that contains x and 0."""
+    """The i-th of some values near x, x itself first, all in every range that contains x and 0."""
     return torch.where(x == 0, torch.full_like(x, 0.01 * i), x * (1 - 0.1 * i))
 
 
