@@ -31,6 +31,7 @@ from hbfunc.leaves import (
     flat_params,
     in_dtype_of,
     kept,
+    scalar,
     zeros,
 )
 from hbfunc.nonfinite import together
@@ -39,7 +40,7 @@ from hbfunc.partitions import freeze, masked, partition  # noqa: F401  (pickles 
 from hbfunc.ranges import check_int, check_number
 from hbfunc.schedules import Number, count_zeros, ema_weight, increment, per_leaf
 from hbfunc.transforms.adaptive import ema
-from hbfunc.tree import parts, select, select_leaves
+from hbfunc.tree import parts, select, select_leaves, tensors
 
 
 class _Making(threading.local):
@@ -63,7 +64,7 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
     the computation, integer tensors keep theirs. Raises ValueError for a state whose "hyper" has other names.
 
         tx = with_hyperparameters(lambda lr: chain(scale_by_adam(), scale_by_learning_rate(lr)), lr=1e-3)
-        state["hyper"]["lr"] = torch.tensor(1e-4)
+        state["hyper"]["lr"].fill_(1e-4)  # or a tensor in its place: one of another device is copied at the next update
 
     A factory may make transforms that have numbers of their own, recipes above all. Those that it gives a tensor are
     functions of its arguments: they are computed at every step, and are in no state. The others are in the state, in
@@ -98,9 +99,8 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
     if nested:  # which of their numbers are functions of these, shows where these are tensors
         built, _ = make({k: torch.as_tensor(v) for k, v in numbers.items()}, **choices)
 
-    def tensor(value: float | Tensor, params: Leaves) -> Tensor:
+    def tensor(value: float | Tensor, params: Leaves, device: torch.device | None) -> Tensor:
         double = any(p.dtype == torch.float64 for p in params.values())
-        device = next((p.device for p in params.values()), None)
         return _as_tensor(value, torch.float64 if double else torch.float32, device)
 
     def split(state: State) -> tuple[dict[str, Tensor | None], dict[str, Any], State]:
@@ -116,7 +116,8 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         return mine, others, {"hyper": others, **inner} if others else inner
 
     def init(params: Leaves) -> State:
-        hyper = {k: tensor(v, params) for k, v in numbers.items()}
+        device = _device(params, {})
+        hyper = {k: tensor(v, params, device) for k, v in numbers.items()}
         inner = make(hyper, **choices)[0].init(params)
         inner, others = _apart(inner)
         for k in stored:
@@ -132,8 +133,9 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
     ) -> tuple[dict[str, Tensor], State]:
         given, others, inner = split(state)
         written = {k: v for k, v in given.items() if v is not None}
-        known = {k: v for k, v in written.items() if isinstance(v, Tensor)}
-        hyper = {k: known[k] if k in known else tensor(v, params) for k, v in (numbers | written).items()}
+        device = _device(params, state)
+        known = {k: v for k, v in written.items() if isinstance(v, Tensor) and v.device == device}
+        hyper = {k: known[k] if k in known else tensor(v, params, device) for k, v in (numbers | written).items()}
         updates, inner = make(hyper, **choices)[0].update(inner, updates, params, **extras)
         inner, after = _apart(inner)
         if after.keys() != others.keys() or (others and after is others):  # nobody has taken them for theirs
@@ -161,6 +163,11 @@ def _scheduled(
     return factory(**values)
 
 
+def _device(params: Flat, state: State) -> torch.device | None:
+    """Where the numbers of a state belong: beside the first parameter, or, without any, where the state is."""
+    return next((x.device for x in (*params.values(), *tensors(state))), None)
+
+
 def _apart(state: State) -> tuple[State, dict[str, Any]]:
     """A state without the hyperparameters that it has at its root, and these."""
     hyper = state.get("hyper")
@@ -171,7 +178,7 @@ def _apart(state: State) -> tuple[State, dict[str, Any]]:
 
 def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=dtype, device=device)
+        return scalar(value, dtype, device)
     return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
 
 
@@ -290,7 +297,7 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         if fixed:
             return steps, state["count"] % steps + counts
         value = steps(state["windows"] + 1) if callable(steps) else steps
-        length = torch.as_tensor(value, device=state["count"].device).to(torch.int64).clamp(min=1)
+        length = scalar(value, torch.int64, state["count"].device).clamp(min=1)
         return length, state["gathered"] + counts
 
     def update(
@@ -314,7 +321,7 @@ def accumulate(inner: Transform, steps: int | Tensor | Callable[[Tensor], Any]) 
         seen = {**state["seen"], **{k: state["seen"][k] + n for k, n in news.items()}}
         given = means
         if ends is not None and ends is not False:
-            last = last | torch.as_tensor(ends, device=last.device)
+            last = last | scalar(ends, torch.bool, last.device)
             factor = torch.where(last, length / gathered.clamp(min=1), 1.0)
             given = {name: {k: m * factor.to(m) for k, m in part.items()} for name, part in means.items()}
             if fixed:  # on to the next window

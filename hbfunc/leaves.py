@@ -139,6 +139,12 @@ def on_device_of(x: Tensor, value: Any) -> Any:
     return value
 
 
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """A 0-dim tensor of this value. A number is filled in by the device itself: torch.tensor would copy it from the
+    host, and as a constant of a compiled graph at every call."""
+    return value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+
+
 def kept(state: State, **new: Any) -> State:
     """`state` with the leaves in `new` replaced: the leaves without a gradient, absent from `new`, keep their state."""
     return {**state, **{k: {**state[k], **v} if isinstance(v, dict) else v for k, v in new.items()}}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hbfunc.contract import Transform, remembered, wrap
 from hbfunc.exchange import hold_everywhere, is_sharded, local
-from hbfunc.leaves import NOTHING, Flat, Leaves, State, kept
+from hbfunc.leaves import NOTHING, Flat, Leaves, State, kept, scalar
 from hbfunc.ranges import check_int
 from hbfunc.schedules import count_zeros
 from hbfunc.tree import items, parts, select, select_leaves
@@ -53,7 +53,8 @@ def apply_if_finite(inner: Transform, also: bool | Tensor = True, limit: int | T
     ) -> tuple[dict[str, Tensor], State]:
         if not updates and isinstance(also, bool) and not inner.every_call:
             return updates, state
-        ok = together(list(_finite(updates).values())) & also if updates else torch.as_tensor(also)
+        device = state[SKIPPED].device
+        ok = together(list(_finite(updates).values())) & also if updates else scalar(also, torch.bool, device)
         counts = {}
         if limit is not None:
             finite = ok.to(state[IN_A_ROW].device)

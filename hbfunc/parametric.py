@@ -348,7 +348,7 @@ def _restarts(s: Tensor, peak: Tensor, steps: Tensor, growth: Tensor, final: Ten
 
 def _beside(value: Value, t: Tensor) -> Tensor:
     """A number as a tensor that is computed with t."""
-    return torch.as_tensor(value, dtype=t.dtype, device=t.device)
+    return value.to(t) if isinstance(value, Tensor) else torch.full((), value, dtype=t.dtype, device=t.device)
 
 
 def _shown(value: Value) -> str:

@@ -26,7 +26,7 @@ from hbfunc.leaves import (
     zeros,
 )
 from hbfunc.ranges import truth
-from hbfunc.tree import learning_rates
+from hbfunc.tree import learning_rates, map_state
 
 
 @remembered
@@ -119,7 +119,12 @@ def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wan
         return Leaves({k: p for k, p in params.items() if labels[k] == wanted})
 
     def init(params: Leaves) -> State:
-        return inner.init(select(params))
+        mine = select(params)
+        state = inner.init(mine)
+        if params and not mine:  # nothing of its own tells where its numbers are to be
+            device = next(iter(params.values())).device
+            state = map_state(lambda _, x: x.to(device), state)
+        return state
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, **extras: Any

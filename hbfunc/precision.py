@@ -117,7 +117,7 @@ def _storage(n: int) -> str:
 
 
 def _keyed(params: Flat, seed: int | Tensor) -> State:
-    key = random.key(seed).to(next(iter(params.values())).device)
+    key = random.key(seed, next(iter(params.values())).device)
     return {"key": key, "count": count_zeros(params)}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.contract import Transform, wrap
-from hbfunc.leaves import NOTHING, Flat, Layout, Leaves, State, Tree, flatten
+from hbfunc.leaves import NOTHING, Flat, Layout, Leaves, State, Tree, flatten, scalar
 from hbfunc.tree import Place, map_state, select_leaves
 
 
@@ -44,7 +44,7 @@ def with_presence(inner: Transform) -> Transform:
         for k in updates:
             if k not in flags:
                 raise ValueError(f"present has no entry for params[{k!r}]: expected the structure of params")
-        mask = {k: torch.as_tensor(flags[k], device=u.device) for k, u in updates.items()}
+        mask = {k: scalar(flags[k], torch.bool, u.device) for k, u in updates.items()}
         layout = {} if inner.layout is None else inner.layout(params)
         new, after = masked_update(inner, layout, state, updates, params, mask, extras)
         return {k: torch.where(mask[k], u, NOTHING) for k, u in new.items()}, after

@@ -16,6 +16,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Rando
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def key(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
     low, high = _words(seed, "seed")
     if isinstance(low, Tensor):
         return torch.stack([low, high]).to(device=device)
-    return torch.tensor([low, high], dtype=torch.int64, device=device)
+    return torch.stack([torch.full((), word, dtype=torch.int64, device=device) for word in (low, high)])
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -68,9 +69,26 @@ def fold_in_each(key: Tensor, data: Tensor, names: Sequence[str]) -> Tensor:
 
     For many leaves at once: the cost, and the size of a compiled graph, is that of one.
     """
-    hashes = torch.tensor([hash_name(name) for name in names], dtype=torch.int64, device=key.device)
+    hashes = _hashes(tuple(names), key.device)
     words = philox((data & _MASK, (data >> 32) & _MASK, hashes, _FOLD_NAMED), (key[0], key[1]))
     return torch.stack(words[:2], -1)
+
+
+@torch.compiler.assume_constant_result
+def _hashes(names: tuple[str, ...], device: torch.device) -> Tensor:
+    """`hash_name` of each, int64 [n]: made once, for a step is not to wait for a copy from the host, and part of a
+    compiled graph."""
+    if torch._C._len_torch_dispatch_stack():  # a mode may make tensors that are no use outside of it
+        return _hashed(names, device)
+    with torch.inference_mode(False):
+        return _known(names, device)
+
+
+def _hashed(names: tuple[str, ...], device: torch.device) -> Tensor:
+    return torch.tensor([hash_name(name) for name in names], dtype=torch.int64, device=device)
+
+
+_known = functools.lru_cache(maxsize=256)(_hashed)
 
 
 def bits(key: Tensor, shape: Sequence[int]) -> Tensor:

@@ -61,6 +61,8 @@ def at(value: Number, t: Tensor) -> Any:
     """
     if not callable(value):
         return on_device_of(t, value)
+    if t.is_meta:
+        return torch.empty_like(t)  # a schedule may want to see values, and there are none
     try:
         return _tensor_like(t, value(t))
     except (RuntimeError, TypeError, ValueError):
@@ -137,8 +139,8 @@ def per_leaf(counts: Flat, like: Flat, fn: Callable[[Tensor], Sequence[Any]]) ->
     All leaves of a device at once, so that a thousand small tensors cost a handful of scalar operations, and behind an
     opaque operation, so that a compiler does not recompute beta**t for every element of every tensor.
     """
-    if not like:
-        return [{} for _ in fn(torch.ones(1, dtype=torch.float64))]
+    if not like:  # how many there would be: on meta, where a number that is on any device can go without being copied
+        return [{} for _ in fn(torch.ones(1, dtype=torch.float64, device="meta"))]
     devices = dict.fromkeys([counts[k].device for k in like])
     if len(devices) > 1:
         parts = [{k: x for k, x in like.items() if counts[k].device == device} for device in devices]

@@ -80,7 +80,8 @@ class Gradients(UnitsOfGroups):
         moved: dict[Tensor, Tensor] = {}
         ok = None
         alone = len(skipping) == 1 and not isinstance(skipping[0][0], sharded.ShardedUnit)
-        if not alone or self.use_ema or any(hs for _, hs in skipping):  # a unit alone judges in its graph
+        # A unit alone judges in its graph.
+        if skipping and (not alone or self.use_ema or any(hs for _, hs in skipping)):
             grads = [g for unit, hs in skipping for g in (*(p.grad for p in unit.moving()), *hs) if g is not None]
             ok = nonfinite.all_finite(grads)
         for unit, _ in skipping:

@@ -205,7 +205,7 @@ class UnitState:
                 continue
             if isinstance(value, Tensor):
                 check(self.names[place], value)
-                tensor.copy_(value)
+                tensor.copy_(value, non_blocking=value.is_cpu)  # from the host without waiting for the device
                 self.values.pop(place, None)
             elif self.values.get(place) != value:
                 check(self.names[place], value)

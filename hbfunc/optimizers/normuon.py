@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hbfunc import buckets
 from hbfunc.contract import Transform, chain, remembered
-from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept
+from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept, scalar
 from hbfunc.linalg.polar import Coefficients
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import Betas, around, check_flags, recipe
@@ -69,7 +69,7 @@ def scale_by_normuon(
             t = torch.stack([count[path] for path in bucket.paths if path in updates]).to(torch.float64)
             o = matrices.polar(buckets.stack(bucket, updates))
             old = take(state["row_sq"][name], rows[name])
-            decay = torch.as_tensor(at(beta2, t), dtype=torch.float64, device=t.device).expand(t.shape)
+            decay = scalar(at(beta2, t), torch.float64, t.device).expand(t.shape)
             v = old + (o.square().mean(-1) - old) * along((1 - decay).to(old.dtype), old)
             row_sq[name] = put(state["row_sq"][name], rows[name], v)
             scaled = o / (v.sqrt() + _EPS).unsqueeze(-1)

@@ -147,7 +147,7 @@ def scale_by_adopt(
         first, one = t == 1, torch.ones_like(t)
         w1 = torch.where(first, 0 * one, one - at(beta1, t))
         w2 = ema_weight(beta2, t) if debias else torch.where(first, one, one - at(beta2, t))
-        return [w1, w2] if clip_exp is None else [w1, w2, (t - 1).clamp(min=1) ** clip_exp]
+        return [w1, w2] if clip_exp is None else [w1, w2, (t - 1).clamp(min=1) ** at(clip_exp, t)]
 
     def update(state: State, updates: dict[str, Tensor], params: Leaves) -> tuple[dict[str, Tensor], State]:
         t = increment(state["count"], updates)

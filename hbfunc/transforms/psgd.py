@@ -31,7 +31,7 @@ from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
 from hbfunc.contract import Transform, remembered
 from hbfunc.forms import short
-from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept
+from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept, scalar
 from hbfunc.linalg import kron
 from hbfunc.precision import STORAGE, round_each
 from hbfunc.ranges import check_choice, check_int, check_number
@@ -135,7 +135,7 @@ def scale_by_psgd(
     def init(params: Leaves) -> State:
         state: State = {"count": count_zeros(params)}
         if params:
-            state["key"] = random.key(seed).to(next(iter(params.values())).device)
+            state["key"] = random.key(seed, next(iter(params.values())).device)
         if not stochastic_schedule:
             state["progress"] = {k: torch.zeros((), dtype=torch.float64, device=p.device) for k, p in params.items()}
         for n, f in plan(params).items():
@@ -214,7 +214,7 @@ def scale_by_psgd(
             g = {} if newton else u if momentum_into_precond_update else _stacks(active, grads)
             # Blocks of one leaf are views of it, which a branch does not take.
             stacks = [*(x.clone() if split else x for x in g.values()), *(q for qs in old.values() for q in qs)]
-            lr = torch.as_tensor(precond_lr, dtype=torch.float64, device=t.device)
+            lr = scalar(precond_lr, torch.float64, t.device)
             operands = [state["key"], keys, lr, t, due, words[:, 1] < _BALANCED, *stacks]
             if refresh:
                 flat, at_hand = fit(*operands)
@@ -236,7 +236,7 @@ def scale_by_psgd(
 
     def probability(t: Tensor) -> Tensor:
         p = at(preconditioner_update_probability, t.to(torch.float64))
-        return torch.as_tensor(p, dtype=torch.float64, device=t.device)
+        return scalar(p, torch.float64, t.device)
 
     def reached(state: State, t: Tensor, paths: list[str]) -> tuple[Tensor, State]:
         """Whether the sum of probabilities passes an integer, by row; and by leaf the sum so far, modulo 1."""
@@ -282,7 +282,7 @@ class Factors(NamedTuple):
 
     def start(self, scale: float | Tensor, device: torch.device) -> list[Tensor]:
         k, shape = len(self.bucket.blocks), self.bucket.shape
-        root = torch.as_tensor(scale ** (1 / len(shape)), dtype=self.dtype, device=device)
+        root = scalar(scale ** (1 / len(shape)), self.dtype, device)
         ones = [torch.ones(k, n, dtype=self.dtype, device=device) * root for n in shape]
         return self.store([x.diag_embed() if t else x for x, t in zip(ones, self.triangular, strict=True)])
 

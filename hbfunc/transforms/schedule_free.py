@@ -10,6 +10,7 @@ gather those of x.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.contract import Transform, by_device, remembered, transform
-from hbfunc.leaves import Leaves, State, Tree, compute_dtype, flat_params, in_dtype_of, kept
+from hbfunc.leaves import Leaves, State, Tree, compute_dtype, flat_params, in_dtype_of, kept, scalar
 from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
 from hbfunc.transforms.adaptive import check_flag
@@ -79,7 +80,8 @@ def schedule_free(
         updates = {k: -u if k in steps else u for k, u in updates.items()}
         t = increment(state["count"], updates)
         device = next(iter(t.values())).device
-        single = torch.tensor([u.dtype != torch.float64 for u in updates.values()], device=device)
+        runs = itertools.groupby([u.dtype != torch.float64 for u in updates.values()])
+        single = torch.cat([torch.full((len(list(run)),), x, device=device) for x, run in runs])
 
         def of_leaves(part: str) -> Tensor:
             return torch.stack([state[part][k].to(torch.float64) for k in updates])
@@ -96,21 +98,21 @@ def schedule_free(
                 total = total + of_leaves(part)
             # A rate of 0 from the start (warmup, a checkpoint's dry run) leaves W at 0 and the average as it is.
             c = torch.where(total > 0, weight / torch.where(total > 0, total, 1), 0)
-            now = torch.as_tensor(beta1, dtype=torch.float64, device=device)
+            now = scalar(beta1, torch.float64, device)
             now = torch.where(single, now.to(torch.float32).to(torch.float64), now)  # as the state has it
             before = of_leaves("beta1")
             pull = c + (1 - c) * (1 - now / before)
             low = torch.where(single, total - total.to(torch.float32), 0)
             return [now_lr, c, pull, now, total, low, *([largest] if largest_rate else [])]
 
-        rates, c, pull, *scalar = per_leaf(t, updates, scalars)
+        rates, c, pull, *own = per_leaf(t, updates, scalars)
         step, z = {}, {}
         for k, u in updates.items():
             y = params[k].to(u.dtype)
             step[k] = pull[k] * (state["z"][k] - y) + u * (rates[k] * (in_dtype_of(u, beta1) * (1 - c[k]) - 1))
             z[k] = state["z"][k] - rates[k] * u
-        scalar = [{k: x.clone() for k, x in part.items()} for part in scalar]  # they were views of one tensor
-        return step, kept(state, count=t, z=z, **dict(zip(("beta1", *sums), scalar, strict=True)))
+        own = [{k: x.clone() for k, x in part.items()} for part in own]  # they were views of one tensor
+        return step, kept(state, count=t, z=z, **dict(zip(("beta1", *sums), own, strict=True)))
 
     return transform(init, by_device(update), "schedule_free", ("rate", "steps"), elementwise=True, steps=True)
 
@@ -146,7 +148,7 @@ def _lerp(p: Tensor, z: Tensor, beta1: Tensor, weight: Callable[[Tensor], Tensor
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=compute_dtype(like), device=like.device)
+    return scalar(value, compute_dtype(like), like.device)
 
 
 def _moved(state: State, params: Tree, beta1: Any, move: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tree:

@@ -113,7 +113,7 @@ def scale_by_soap(
     def init(params: Leaves) -> State:
         state: State = {"count": count_zeros(params), "exp_avg": {}, "exp_avg_sq": {}}
         if use_precond_schedule and params:
-            state["key"] = random.key(seed).to(next(iter(params.values())).device)
+            state["key"] = random.key(seed, next(iter(params.values())).device)
         for name, bucket in plan(params).items():
             k, like = len(bucket.blocks), params[bucket.paths[0]]
             zeros = partial(torch.zeros, dtype=compute_dtype(like), device=like.device)
