@@ -26,6 +26,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import hbfunc
+from hbfunc.linalg import polar
+from hbfunc.optim import unit_state
 
 DEVICE = "sim"
 # Their kernels for CUDA look at what they have computed: the codes of errors, or how many elements there are.
@@ -158,7 +160,11 @@ def there(tree: Any) -> Any:
 
 def here(tree: Any) -> Any:
     """A tree with its tensors on the CPU; no contact."""
-    return pytree.tree_map(lambda x: x.raw.detach().clone() if isinstance(x, Simulated) else x, tree)
+    return pytree.tree_map(lambda x: _raw(x).clone() if isinstance(x, Tensor) else x, tree)
+
+
+def _raw(x: Tensor) -> Tensor:
+    return (x.raw if isinstance(x, Simulated) else x).detach()
 
 
 _library = torch.library.Library("_", "IMPL")
@@ -181,3 +187,5 @@ def install() -> None:
     _setup_privateuseone_for_python_backend(DEVICE)
     _library.fallback(_run, "PrivateUse1")
     torch.tensor, torch.as_tensor = _of_data(torch.tensor), _of_data(torch.as_tensor)
+    unit_state._address = lambda x: x.raw.data_ptr() if isinstance(x, Simulated) else x.data_ptr()
+    polar.product_dtype = lambda x: torch.promote_types(x.dtype, torch.float32)  # the CPU's bits
