@@ -255,11 +255,11 @@ def real(name: str, optimizer: str, quick: bool = False) -> dict[str, Any] | Non
     if optimizer not in known:
         return None
     task = TASKS[name](torch.device("cpu"))
-    steps = task.steps // 20 if quick else task.steps
-    plan = Plan(spaced(*task.lrs), steps, task.batch_size, repeats=task.repeats)
+    steps = task.defaults.steps // 20 if quick else task.defaults.steps
+    plan = Plan(spaced(*task.defaults.lrs), steps, task.defaults.batch_size, repeats=task.defaults.repeats)
     curves = train(task, known[optimizer], plan)
     sign = -1 if task.fraction else 1
-    return judged(hits(sign * curves.scores, curves.steps, sign * task.target), plan.lrs) | {"limit": steps}
+    return judged(hits(sign * curves.scores, curves.steps, sign * task.defaults.target), plan.lrs) | {"limit": steps}
 
 
 def cell(found: dict[str, Any] | None) -> str:

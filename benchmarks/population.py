@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     step = sweep.vectorize(sweep.freeze(step), compile=args.compile)
     draw = torch.Generator().manual_seed(0)
     for t in range(1, args.steps + 1):
-        lanes, metrics = step(lanes, task.sample(draw, task.batch_size))
+        lanes, metrics = step(lanes, task.sample(draw, task.defaults.batch_size))
         if t % args.every == 0 and t < args.steps:
             lanes = evolve(lanes, metrics["loss"], random.fold_in(random.key(0), t), ["lr", "weight_decay"])
             rates = sweep.hyper(lanes, "lr")

@@ -16,7 +16,7 @@ from conformance import rates
 from tables import CLASSES
 
 from hbfunc.race import report
-from hbfunc.race.__main__ import main, spaced
+from hbfunc.race.__main__ import a_picture, main, parser, spaced
 from hbfunc.race.recipes import DEFAULT, recipes
 from hbfunc.race.tasks import ALPHABET, TASKS, encode, standard_library
 from hbfunc.race.train import Curves, Plan, train
@@ -292,6 +292,8 @@ BAD = {
     "--target 97": "at most 1",
     "--device tpu": "--device tpu: ",
     "--device cuda:99": "--device cuda:99: ",
+    "--device mps": "--device mps: not on this machine, ",
+    "--out race.xyz": "--out race.xyz: expected a file that ends in .png, .pdf, .svg, or a folder",
     "--threads 0": "invalid positive integer value: '0'",
     "--out /dev/null/x": "cannot write /dev/null/x/race-digits.png: ",
     "--json /": "cannot write /: ",
@@ -323,12 +325,23 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_help_names_every_optimizer(capsys):
+def test_help_names_every_optimizer_and_every_default(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in recipes())
+    shown = " ".join(shown.split())
+    for value in ("200 for digits, 300 for text", "0.97 for digits", "1 for digits, as torch has it for text"):
+        assert f"(default: {value}" in shown
+    options = [action for action in parser()._actions if action.nargs != 0 and action.dest != "lrs"]
+    assert [action.dest for action in options if "default: " not in action.help] == []
+
+
+def test_the_picture_goes_where_out_says(tmp_path):
+    (tmp_path / "v1.2").mkdir()
+    for out, path in (("a.svg", "a.svg"), ("new", "new/race.png"), ("v1.2", "v1.2/race.png")):
+        assert a_picture(parser(), tmp_path / out, "race.png") == tmp_path / path
 
 
 def test_defaults_are_known():

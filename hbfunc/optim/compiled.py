@@ -3,9 +3,12 @@ The function is compiled as the settings in `hbfunc.utils` say."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -118,6 +121,30 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     if device.type != "cpu" or not mode.startswith("max-autotune"):
         options |= list_mode_options(mode, dynamic)  # which is what `mode` means; both cannot be passed
     return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+
+
+# A first step that says nothing for minutes looks like one that hangs.
+
+_logger = logging.getLogger("hbfunc")
+_told: list[str] = []  # that has been said in this process
+
+
+@contextmanager
+def told(mode: str) -> Iterator[None]:
+    """Log what takes so long: the first compilation of the process as a warning, which shows by default, and how long
+    this one and each later one took as information."""
+    if mode in _UNBUILT:
+        yield
+        return
+    if not _told:
+        _told.append(mode)
+        _logger.warning(
+            "compiling the optimizer's step, which takes from some seconds to two minutes, and less in later "
+            "processes; hbfunc.utils.compile_mode = None steps without, more slowly"
+        )
+    start = time.perf_counter()
+    yield
+    _logger.info("compiled a step in %.1f s", time.perf_counter() - start)
 
 
 _made: WeakValueDictionary[Hashable, Ready] = WeakValueDictionary()

@@ -16,7 +16,18 @@ from hbfunc import utils
 from hbfunc.contract import Flush, RefreshSchedule, Transform
 from hbfunc.leaves import Leaves, compute_dtype
 from hbfunc.optim import skipping
-from hbfunc.optim.compiled import Ready, Step, Writes, compiled, in_place_step, shared, usable, without_compiler, write
+from hbfunc.optim.compiled import (
+    Ready,
+    Step,
+    Writes,
+    compiled,
+    in_place_step,
+    shared,
+    told,
+    usable,
+    without_compiler,
+    write,
+)
 from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.unit_state import UnitState
@@ -124,17 +135,20 @@ class Unit(UnitState):
             if len(self.steps) >= _KEPT:
                 del self.steps[next(iter(self.steps))]
             self.steps[key] = self._prepared(key, range(len(self.sources)) if masked else given)
-        ready, keep = self.steps[key], mode is None
+        ready = self.steps[key]
         taken = partial(self._taken_all if masked else self._taken, given, products or ())
         if rehearse:
-            if keep or not ready.tried:
-                self._rehearse(ready.step, taken, keep)
+            if mode is None:
+                self._rehearse(ready.step, taken, keep=True)
+            elif not ready.tried:
+                with told(mode):
+                    self._rehearse(ready.step, taken, keep=False)
             ready.tried = True
             return
-        if keep or ready.tried:
+        if mode is None or ready.tried:
             self._run(ready.step, taken, given)
         else:
-            with interruptible():  # a long compilation, before the first write
+            with interruptible(), told(mode):  # a long compilation, before the first write
                 self._run(ready.step, taken, given)
             ready.tried = True
         if self.counted:

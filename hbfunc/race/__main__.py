@@ -16,8 +16,10 @@ import torch
 
 from hbfunc.race import report
 from hbfunc.race.recipes import DEFAULT, Entry, recipes
-from hbfunc.race.tasks import TASKS, Task
+from hbfunc.race.tasks import DEFAULTS, TASKS, Defaults, Task
 from hbfunc.race.train import Curves, Plan, train
+
+PICTURES = (".png", ".pdf", ".svg")
 
 Trainer = Callable[[Task, Entry, Plan, Callable[[int], object]], Curves]
 
@@ -62,29 +64,52 @@ grid = a_number(
 )
 
 
+TASK_HELP = (
+    "digits: an MLP on scikit-learn's handwritten digits, half a minute; text: a transformer on the source of Python's "
+    "standard library, a quarter of an hour on two CPU cores (default: digits)"
+)
+
+
+def by_task(what: Callable[[Defaults], object]) -> str:
+    """What the default of an option is, in words."""
+    each = {name: what(defaults) for name, defaults in DEFAULTS.items()}
+    if len(set(each.values())) == 1:
+        return f"(default: {each.popitem()[1]})"
+    return f"(default: {', '.join(f'{value} for {name}' for name, value in each.items())})"
+
+
 def parser() -> Parser:
     p = Parser(prog="python -m hbfunc.race", description=__doc__, allow_abbrev=False)
     add = p.add_argument
-    add("--task", default="digits", choices=list(TASKS), help="an MLP on digits, or a transformer on Python source")
+    add("--task", default="digits", choices=list(TASKS), help=TASK_HELP)
     known = f"of: {', '.join(recipes())} (default: {' '.join(DEFAULT)})"
     add("--optimizers", nargs="+", default=list(DEFAULT), metavar="NAME", help=known)
     rates = p.add_mutually_exclusive_group()
     rates.add_argument("--lrs", nargs="+", type=positive, metavar="LR", help="the learning rates to try")
     rates.add_argument(
-        "--lr-grid", type=grid, metavar="LOW:HIGH:COUNT", help="the same, spaced evenly in the logarithm"
+        "--lr-grid",
+        type=grid,
+        metavar="LOW:HIGH:COUNT",
+        help=f"the same, spaced evenly in the logarithm {by_task(lambda d: ':'.join(f'{x:g}' for x in d.lrs))}",
     )
-    add("--repeats", type=count, help="initialisations per learning rate; the scores are means over them")
-    add("--steps", type=count, help="training steps")
-    add("--batch-size", type=count)
+    add(
+        "--repeats",
+        type=count,
+        help=f"initialisations per learning rate; the scores are means over them {by_task(lambda d: d.repeats)}",
+    )
+    add("--steps", type=count, help=f"training steps {by_task(lambda d: d.steps)}")
+    add("--batch-size", type=count, help=f"examples in a batch {by_task(lambda d: d.batch_size)}")
     add("--seed", type=seed, default=0, help="of the initialisations and the batches (default: 0)")
-    add("--target", type=positive, help="the score to reach")
-    add("--rank-by", choices=["score", "steps"], default="score", help="the final score, or the steps to the target")
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--target", type=positive, help=f"the score to reach {by_task(lambda d: d.target)}")
+    ranks = "the final score, or the steps to the target (default: score)"
+    add("--rank-by", choices=["score", "steps"], default="score", help=ranks)
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add("--compile", action="store_true", help="torch.compile the step: faster steps, after a slow first one")
     add("--fsdp", action="store_true", help="on all ranks that torchrun started, under FSDP2; gloo or nccl")
-    add("--threads", type=count, help="CPU threads")
-    add("--out", type=Path, metavar="PATH", help="the picture, or a folder for it (default: race-TASK.png)")
-    add("--json", type=Path, metavar="PATH", help="write everything measured here")
+    add("--threads", type=count, help=f"CPU threads {by_task(lambda d: d.threads or 'as torch has it')}")
+    kinds = ", ".join(PICTURES)
+    add("--out", type=Path, metavar="PATH", help=f"the picture ({kinds}), or a folder for it (default: race-TASK.png)")
+    add("--json", type=Path, metavar="PATH", help="write everything measured here (default: nowhere)")
     return p
 
 
@@ -130,23 +155,22 @@ def race(p: Parser, args: argparse.Namespace, device: torch.device, trainer: Tra
     except OSError as error:
         p.exit(1, f"hbfunc.race: no data for {args.task}: {error}\n")
 
-    target = args.target or task.target
+    target = args.target or task.defaults.target
     if task.fraction and target > 1:
         p.error(f"--target {target:g}: the {task.metric} of {task.name} is a fraction, at most 1")
-    picture = args.out or Path(f"race-{task.name}.png")
-    picture = picture if picture.suffix == ".png" else picture / f"race-{task.name}.png"
+    picture = a_picture(p, args.out, f"race-{task.name}.png")
     for path in filter(None, (picture, args.json) if first else ()):
         writable(p, path)
     plan = Plan(
-        lrs=sorted(set(args.lrs or spaced(*(args.lr_grid or task.lrs)))),
-        steps=args.steps or task.steps,
-        batch_size=args.batch_size or task.batch_size,
+        lrs=sorted(set(args.lrs or spaced(*(args.lr_grid or task.defaults.lrs)))),
+        steps=args.steps or task.defaults.steps,
+        batch_size=args.batch_size or task.defaults.batch_size,
         seed=args.seed,
-        repeats=args.repeats or task.repeats,
+        repeats=args.repeats or task.defaults.repeats,
         device=str(device),
         compile=args.compile,
     )
-    before, threads = torch.get_num_threads(), args.threads or task.threads or torch.get_num_threads()
+    before, threads = torch.get_num_threads(), args.threads or task.defaults.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         ranked, steps = run(task, args.optimizers, plan, target, args.rank_by, trainer, quiet=not first)
@@ -197,10 +221,24 @@ def a_device(p: Parser, name: str) -> torch.device:
     """The device of that name, if this machine has it."""
     try:
         device = torch.device(name)
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        p.error(f"--device {name}: {str(error).splitlines()[0]}")
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] * torch.backends.mps.is_available()
+        p.error(
+            f"--device {name}: not on this machine, or torch {torch.__version__} cannot use it; expected one of: "
+            f"{', '.join(there)}"
+        )
     return device
+
+
+def a_picture(p: Parser, out: Path | None, name: str) -> Path:
+    """The file that `--out` names, or that of this name in the folder that it names."""
+    if out is None or out.is_dir() or not out.suffix:
+        return (out or Path()) / name
+    if out.suffix.lower() not in PICTURES:
+        p.error(f"--out {out}: expected a file that ends in {', '.join(PICTURES)}, or a folder")
+    return out
 
 
 def writable(p: Parser, path: Path) -> None:

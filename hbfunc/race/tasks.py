@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,24 @@ CONTEXT = 64
 ALPHABET = "\n" + string.printable[:95]  # what else occurs in source code is rare, and shares one extra symbol
 
 
+class Defaults(NamedTuple):
+    """What a race on a task is like, unless told otherwise."""
+
+    target: float
+    steps: int
+    batch_size: int
+    lrs: tuple[float, float, int]  # the grid: low, high, count
+    repeats: int
+    threads: int | None  # of the CPU; None leaves that to torch
+
+
+DEFAULTS = {
+    # kernels this small lose more than they gain by being shared
+    "digits": Defaults(target=0.97, steps=200, batch_size=128, lrs=(1e-3, 3e-1, 8), repeats=3, threads=1),
+    "text": Defaults(target=3.3, steps=300, batch_size=8, lrs=(3e-3, 1e-1, 4), repeats=1, threads=None),
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """Data, model and score. `sample(generator, size)` draws a training batch; `valid` is all the validation data."""
@@ -36,12 +55,7 @@ class Task:
     valid: Batch
     metric: str  # what the score is called; for a `fraction`, 1 is perfect, else it is a loss and less is better
     fraction: bool
-    target: float
-    steps: int
-    batch_size: int
-    lrs: tuple[float, float, int]  # the default grid: low, high, count
-    repeats: int
-    threads: int | None  # CPU threads by default; None leaves that to torch
+    defaults: Defaults
     facts: dict[str, str | int] = field(default_factory=dict)  # what a reader needs to know of the data, for the JSON
 
     def better(self, a: float, b: float) -> bool:
@@ -90,12 +104,7 @@ def digits(device: torch.device) -> Task:
         valid=(x[n:], y[n:]),
         metric="validation accuracy",
         fraction=True,
-        target=0.97,
-        steps=200,
-        batch_size=128,
-        lrs=(1e-3, 3e-1, 8),
-        repeats=3,
-        threads=1,  # kernels this small lose more than they gain by being shared
+        defaults=DEFAULTS["digits"],
         facts={"train": n, "valid": len(y) - n},
     )
 
@@ -152,7 +161,7 @@ def text(device: torch.device) -> Task:
         starts = torch.randint(len(train) - CONTEXT, (size,), generator=generator)
         return windows(train, starts.to(device))
 
-    spread = torch.linspace(0, len(valid) - CONTEXT - 1, 64, dtype=torch.float64).long()
+    spread = torch.linspace(0, len(valid) - CONTEXT - 1, 32, dtype=torch.float64).long()
     symbols = len(ALPHABET) + 1
     return Task(
         name="text",
@@ -161,12 +170,7 @@ def text(device: torch.device) -> Task:
         valid=windows(valid.to(device), spread.to(device)),
         metric="validation bits per character",
         fraction=False,
-        target=3.3,
-        steps=300,
-        batch_size=16,
-        lrs=(1e-3, 1e-1, 6),
-        repeats=1,
-        threads=None,
+        defaults=DEFAULTS["text"],
         facts={
             "train": len(train),
             "valid": len(valid),

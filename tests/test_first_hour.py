@@ -1,0 +1,49 @@
+"""What a newcomer meets: a first step that says why it takes long, and classes that explain themselves."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import hbfunc
+from hbfunc import utils
+from hbfunc.optim import compiled
+
+
+def step(**options):
+    model = torch.nn.Linear(3, 2)
+    optimizer = hbfunc.AdamW(model.parameters(), **options)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.fixture
+def untold(monkeypatch):
+    """As at the start of a process; what would be compiled is not."""
+    monkeypatch.setattr(compiled, "_told", [])
+    monkeypatch.setattr(compiled, "_made", type(compiled._made)())
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+
+
+def test_the_first_compilation_says_what_it_is_and_how_to_switch_it_off(untold, monkeypatch, caplog):
+    monkeypatch.setattr(utils, "compile_mode", "default")
+    with caplog.at_level(logging.INFO, logger="hbfunc"):
+        step()
+        step(weight_decay=0.1, caution=True)  # another graph
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warned) == 1
+    assert "compil" in warned[0]
+    assert "hbfunc.utils.compile_mode = None" in warned[0]
+    assert [r.levelno for r in caplog.records].count(logging.INFO) == 2
+    assert {r.name for r in caplog.records} == {"hbfunc"}
+
+
+@pytest.mark.parametrize("mode", [None, "eager"])
+def test_nothing_is_said_where_nothing_is_compiled(untold, monkeypatch, caplog, mode):
+    monkeypatch.setattr(utils, "compile_mode", mode)
+    with caplog.at_level(logging.INFO, logger="hbfunc"):
+        step()
+    assert caplog.records == []
