@@ -98,7 +98,8 @@ def around(
 ) -> Transform:
     """The recipe of that name around the rule `rule(**options)`.
 
-    lr: learning rate; `warmup_steps` > 0 makes it lr * min(1, t / warmup_steps).
+    lr: learning rate, a number or a function of the step.
+    warmup_steps: above 0, steps over which the rate rises to lr: lr * min(1, t / warmup_steps).
     betas: decays of the first and second moment; in the state, and to the rule, beta1 and beta2.
     weight_decay: decoupled, scaled by the same rate. Where the rule's first step moves nothing, neither does decay.
     storage_dtype: of what is kept: "float32" (float64 for float64 parameters), "bfloat16", stochastically rounded, or
@@ -106,7 +107,8 @@ def around(
     mars, mars_gamma: variance-reduced gradients. caution: drop the updates that go against the gradient;
         caution_scaling=False does not rescale the others.
     gradient_clipping, update_clipping: a documented name, a pure function of a list of tensors, a Transform, or None.
-    palm, beta2_scale: beta2 = 1 - t^(-beta2_scale).
+    palm, beta2_scale: beta2 = 1 - t^(-beta2_scale), where palm is True.
+    eps: among the `options`, the least that a rule divides by, max(sqrt(v), eps).
     seed: of the random draws (an int, or an integer tensor under vmap); the key is in the state.
     tail: what turns the rule's updates into steps, given the warmed-up lr and the rule's arguments; by default
         `scale_by_learning_rate(lr)`.

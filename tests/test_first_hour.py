@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 
 import pytest
 import torch
+from tables import CLASSES
 
 import hbfunc
 from hbfunc import utils
@@ -47,3 +50,29 @@ def test_nothing_is_said_where_nothing_is_compiled(untold, monkeypatch, caplog, 
     with caplog.at_level(logging.INFO, logger="hbfunc"):
         step()
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+def test_a_class_explains_itself(cls):
+    """The rule, where to start, and each argument with its default and what it means."""
+    said = inspect.getdoc(cls)
+    assert "\nWhere to start: lr = " in said
+    assert f"hbfunc.{cls.recipe.__name__}" in said
+    for name, parameter in inspect.signature(cls).parameters.items():
+        assert re.search(rf"(^    |, ){name}( = |: )", said, re.MULTILINE), name
+        if isinstance(parameter.default, (float, bool)):
+            assert f"{name} = {parameter.default!r}" in said
+    assert f"lr = {cls.arguments()['lr'].default!r}" in said
+    assert "consume_grad=False keeps them" in said
+
+
+def test_flags_of_a_class_are_its_defaults():
+    """Also in what a subclass of somebody else's says; one without a docstring has the recipe's title."""
+
+    class Rare(hbfunc.SOAP):
+        precondition_frequency = 10
+
+    assert "precondition_frequency = 10: " in Rare.__doc__
+    assert Rare.__doc__.startswith("SOAP (Vyas et al. 2024")
+    assert "palm = True" in hbfunc.PaLMSOAP.__doc__
+    assert "palm = False" in hbfunc.SOAP.__doc__

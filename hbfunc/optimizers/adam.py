@@ -142,19 +142,27 @@ def rmsprop(
 
 
 class ForeachAdamW(RecipeOptimizer, recipe=adamw, foreach_before="storage_dtype"):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); the arguments are those of `hbfunc.adamw`."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): Adam with decoupled weight decay."""
+
+    start = "3e-4 to 3e-3 for transformers, up to ten times more for small networks; betas=(0.9, 0.999) is torch's"
 
 
 class ForeachLaProp(RecipeOptimizer, recipe=laprop, foreach_before="storage_dtype"):
-    """LaProp (Ziyin et al. 2020, arXiv 2002.04839); the arguments are those of `hbfunc.laprop`."""
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839): Adam with the normalisation before the momentum."""
+
+    start = "the rate of AdamW"
 
 
 class ForeachADOPT(RecipeOptimizer, recipe=adopt, foreach_before="storage_dtype"):
-    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853), clipped as in its authors' code; see `hbfunc.adopt`."""
+    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853): Adam that converges with any beta2, clipped as theirs."""
+
+    start = "the rate of AdamW; its first steps are short"
 
 
 class ForeachRMSprop(RecipeOptimizer, recipe=rmsprop, foreach_before="storage_dtype"):
-    """RMSprop (Hinton 2012), debiased and without momentum; the arguments are those of `hbfunc.rmsprop`."""
+    """RMSprop (Hinton 2012), debiased and without momentum."""
+
+    start = "the rate of AdamW, or less: nothing averages the gradient"
 
 
 AdamW = ForeachAdamW

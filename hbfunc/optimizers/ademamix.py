@@ -105,4 +105,6 @@ def ademamix(
 
 
 class AdEMAMix(RecipeOptimizer, recipe=ademamix):
-    """AdEMAMix (Pagliardini et al. 2024, arXiv 2409.03137); the arguments are those of `hbfunc.ademamix`."""
+    """AdEMAMix (Pagliardini et al. 2024, arXiv 2409.03137): AdamW with a second momentum that remembers for long."""
+
+    start = "the rate of AdamW; a warmup_alpha of as many steps as the run has, where beta3 is close to 1"

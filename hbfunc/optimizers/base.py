@@ -19,6 +19,7 @@ from hbfunc.optim.groups import use_default
 from hbfunc.optim.scheduled import with_schedules
 from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.optim.unit import Unit
+from hbfunc.optimizers.described import described
 from hbfunc.optimizers.heavyball3 import translated
 from hbfunc.parametric import ParametricSchedule
 from hbfunc.pipeline import same_source
@@ -46,6 +47,8 @@ class RecipeOptimizer(BaseOpt):
 
     title: ClassVar[str]
     for_matrices: ClassVar[bool] = False  # meant for the hidden matrices of a model, beside another for the rest
+    start: ClassVar[str] = ""  # which learning rate to try first, for `help`
+    explained_by: ClassVar[tuple[Callable[..., Transform], ...]] = ()  # whose docstrings tell options of the recipe
     recipe: ClassVar[Callable[..., Transform]]
     options_of_recipe: ClassVar[Mapping[str, inspect.Parameter]]
     _foreach_before: ClassVar[str] = ""
@@ -79,6 +82,8 @@ class RecipeOptimizer(BaseOpt):
         cls._arguments = _signature(cls)
         if "__init__" not in vars(cls):
             cls.__signature__ = cls._arguments  # type: ignore[attr-defined]
+        if hasattr(cls, "recipe"):
+            cls.__doc__ = described(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         known = self._arguments.parameters

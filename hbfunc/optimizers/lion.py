@@ -48,4 +48,6 @@ def lion(lr: Number = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: Number = 0
 
 
 class Lion(RecipeOptimizer, recipe=lion):
-    """Lion (Chen et al. 2023, arXiv 2302.06675); the arguments are those of `hbfunc.lion`."""
+    """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of a momentum."""
+
+    start = "a third to a tenth of the rate of AdamW, and 3 to 10 times its weight decay"

@@ -38,6 +38,7 @@ def muon(
         s <- beta1 * s + g;  u = polar(g + beta1 * s) * sqrt(max(1, rows / columns))
         p <- p - lr * (u + weight_decay * p)
 
+    nesterov: False takes s itself, the heavy ball.
     betas[1] and eps are unused; so is `palm`, and setting it gives a warning.
     orthogonalizer: "newtonschulz" (also called "qr"), "polar_express" or "svd"; steps and coefficients change it.
     scale: "shape", as above, "rms", "spectral", or a function (rows, columns) -> number.
@@ -84,18 +85,20 @@ def muon_laprop(
 
 
 class ForeachMuon(RecipeOptimizer, recipe=muon, foreach_before="storage_dtype"):
-    """Muon (Jordan et al. 2024): orthogonalized momentum; the arguments are those of `hbfunc.muon`.
+    """Muon (Jordan et al. 2024): orthogonalized momentum, for hidden matrices: see `hbfunc.MatricesTo`.
 
     `utils.zeroth_power_mode` chooses how: "newtonschulz" (also for "qr"), "polar_express" or "svd".
     """
 
     for_matrices = True
+    start = "0.02 for the matrices, with AdamW at 0.003 beside it for embeddings, head and vectors"
 
 
 class MuonLaProp(RecipeOptimizer, recipe=muon_laprop, foreach_before="storage_dtype"):
     """LaProp, orthogonalized. `utils.zeroth_power_mode` chooses how: "newtonschulz" (also for "qr") or "svd"."""
 
     for_matrices = True
+    start = "as Muon"
 
 
 Muon = ForeachMuon

@@ -111,7 +111,9 @@ def nadamw(
 
 
 class NAdamW(RecipeOptimizer, recipe=nadamw):
-    """NAdamW (Dozat 2016); the arguments are those of `hbfunc.nadamw`."""
+    """NAdamW (Dozat 2016): Adam with Nesterov's look-ahead."""
+
+    start = "the rate of AdamW"
 
 
 NAdam = NAdamW

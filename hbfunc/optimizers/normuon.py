@@ -121,9 +121,10 @@ def normuon(
 
 
 class NorMuon(RecipeOptimizer, recipe=normuon):
-    """NorMuon (Li et al. 2025, arXiv 2510.05491); the arguments are those of `hbfunc.normuon`.
+    """NorMuon (Li et al. 2025, arXiv 2510.05491): Muon, whose rows move equally far on average.
 
     `utils.zeroth_power_mode` chooses how to orthogonalize: "newtonschulz" (also for "qr"), "polar_express" or "svd".
     """
 
     for_matrices = True
+    start = "as Muon"

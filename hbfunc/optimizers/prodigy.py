@@ -152,8 +152,10 @@ def prodigy(
 
 
 class Prodigy(RecipeOptimizer, recipe=prodigy):
-    """Prodigy (Mishchenko & Defazio 2024, arXiv 2306.06101); the arguments are those of `hbfunc.prodigy`.
+    """Prodigy (Mishchenko & Defazio 2024, arXiv 2306.06101): Adam that finds its learning rate.
 
     One d for each param group, on every rank that of the whole model. With foreach=False there is one for each
     parameter, which is another optimizer.
     """
+
+    start = "1, which a schedule may lower; d_coef rather than lr makes steps longer"

@@ -48,10 +48,16 @@ def psgd_kron(
     seed: int | Tensor = 0,
 ) -> Transform:
     """PSGD with Kronecker factors (Li 2015, arXiv 1512.04202; 2024, arXiv 2402.04553) on a momentum.
+    Its other options: see `scale_by_psgd`.
 
-    beta: of the momentum, the debiased average that is preconditioned; `exp_avg_input=False` (PurePSGD) has none.
+        m <- average of g with beta, debiased;  P = kron(Q_1^T Q_1, Q_2^T Q_2, ...), a triangular Q for each dim, fitted
+        in some steps so that P m has a covariance of 1
+        p <- p - lr * (P m + weight_decay * p)
+
+    beta: of the momentum, the debiased average that is preconditioned.
+    exp_avg_input: False (PurePSGD) has no momentum: the gradient itself is preconditioned.
     curvature: fit on Hessian-vector products, given to `update` as `curvature=` at every step: Newton's method.
-    The others: see `scale_by_psgd`. A number for preconditioner_update_probability is in the state too.
+    A number for preconditioner_update_probability is in the state too.
     """
     flags = {
         "momentum_into_precond_update": momentum_into_precond_update,
@@ -103,11 +109,12 @@ def psgd_kron(
 class ForeachPSGDKron(WithCurvature, RecipeOptimizer, recipe=psgd_kron, foreach_before="q_dtype"):
     """PSGD with Kronecker-factored preconditioners (Li 2015, arXiv 1512.04202; 2024, arXiv 2402.04553).
 
-    The arguments are those of `hbfunc.psgd_kron`; what they mean is said in `hbfunc.scale_by_psgd`.
     curvature: Newton's method. The factors are fitted on Hessian-vector products, which step(closure) takes from a
-    closure that returns the loss and does not call backward(): `opt.step(lambda: loss_fn(model(x), y))`.
+        closure that returns the loss and does not call backward(): `opt.step(lambda: loss_fn(model(x), y))`.
     """
 
+    explained_by = (scale_by_psgd,)
+    start = "0.001, or a third to a tenth of the rate of AdamW"
     update_clipping = "trust_region_clip_"
     delayed: bool = False
     cached: bool = False

@@ -46,11 +46,14 @@ def sfadamw(*, largest_rate: bool = False, betas: Any, **options: Any) -> Transf
 
 
 class ForeachSFAdamW(RecipeOptimizer, ScheduleFree, recipe=sfadamw, foreach_before="storage_dtype"):
-    """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682); the arguments are those of `hbfunc.sfadamw`.
+    """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682): no schedule is needed.
 
     Call `eval()` before evaluating or saving the model, and `train()` before training on, as with the authors' package.
     A model with BatchNorm needs `hbfunc.recompute_batchnorm` after `eval()`: its running statistics are those of y.
     """
+
+    explained_by = (schedule_free,)
+    start = "0.0025, or 1 to 10 times the rate of AdamW with a schedule; keep it constant after a warmup"
 
 
 class PaLMForeachSFAdamW(ForeachSFAdamW, title="palm_sfadamw"):

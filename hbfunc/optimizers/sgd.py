@@ -60,7 +60,7 @@ def sgd(
 
     The weight decay is decoupled: torch.optim.SGD adds it to the gradient, which is the same without momentum.
     momentum: in [0, 1), a number of the state, so that it may change later; 0 ignores the dampening.
-    dampening: in [0, 1]. `mars` takes the momentum for its beta1.
+    dampening: in [0, 1]. nesterov: step ahead along s. `mars` takes the momentum for its beta1.
     """
     return around(
         "sgd",
@@ -75,4 +75,6 @@ def sgd(
 
 
 class SGD(RecipeOptimizer, recipe=sgd):
-    """SGD with momentum, as torch.optim.SGD but for decoupled weight decay; the arguments are those of `hbfunc.sgd`."""
+    """SGD with momentum, as torch.optim.SGD but for decoupled weight decay."""
+
+    start = "0.1 for convolutional networks with BatchNorm, falling; hardly ever for transformers"

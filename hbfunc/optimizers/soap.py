@@ -46,10 +46,15 @@ def soap(
     seed: int | Tensor = 0,
     **common: Any,
 ) -> Transform:
-    """SOAP (Vyas et al. 2024, arXiv 2409.11321). The first step moves nothing, weight decay included.
+    """SOAP (Vyas et al. 2024, arXiv 2409.11321). Its options, and `refresh=`, are described in `scale_by_soap`.
 
-    PaLM's t counts the updates of the inner rule. `precondition_frequency` is a hyperparameter in the state when it is
-    a tensor. The other options, and `refresh=`, are described in `scale_by_soap`.
+        L <- average of g g^T, R <- average of g^T g with shampoo_beta;  Q_L, Q_R: their eigenvectors, refreshed by one
+        step of QR in every step that is a multiple of precondition_frequency
+        u = Q_L adam(Q_L^T g Q_R) Q_R^T, and so for more dims
+        p <- p - lr * (u + weight_decay * p)
+
+    The first step makes the bases and moves nothing, weight decay included. PaLM's t counts the updates of the inner
+    rule. `precondition_frequency` is a hyperparameter in the state when it is a tensor.
     """
     flags = {
         "merge_dims": merge_dims,
@@ -105,9 +110,11 @@ def soap(
 class ForeachSOAP(RecipeOptimizer, recipe=soap, foreach_before="mars"):
     """SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the slowly changing eigenbasis of Shampoo's factors.
 
-    The arguments are those of `hbfunc.soap`; what they mean is said in `hbfunc.scale_by_soap`.
+    Memory and time go into matrices of the size of each dim: `max_precond_dim` bounds them.
     """
 
+    explained_by = (scale_by_soap,)
+    start = "0.003, its authors'; about the rate of AdamW where that is known"
     use_precond_schedule: bool = False
 
 

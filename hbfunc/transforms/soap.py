@@ -68,8 +68,8 @@ def scale_by_soap(
         `torch.vmap`.
     refresh_phase: due when t - refresh_phase is that multiple; 1 gives the steps of the authors' code, whose count
         begins at the second step. Without use_precond_schedule only.
-    use_precond_schedule: due with probability `refresh_probability(t, *precond_scheduler)` instead, drawn from a key in
-        the state that `seed` gives, once per step for all leaves of the same count.
+    use_precond_schedule, precond_scheduler: due with probability `refresh_probability(t, *precond_scheduler)` instead,
+        drawn from a key in the state that `seed` gives, once per step for all leaves of the same count.
     max_precond_dim: larger dims get no basis, nor do dims of size 1.
     precondition_1d: give parameters of one dim a basis, too.
     merge_dims: multiply dims together up to max_precond_dim, see `hbfunc.buckets.merge_dims`.
