@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from hbfunc.optim.groups import use_default
 from hbfunc.optim.shim import StatefulOptimizer
-from hbfunc.pipeline import around
+from hbfunc.pipeline import Common, around
 
 if TYPE_CHECKING:
     from hbfunc.optimizers.base import RecipeOptimizer
 
+_SHARED = {"lr", "betas", "eps", *Common.__annotations__}  # what `around` is given by its recipes is something else
 _PARAMS = "parameters, (name, parameter) pairs, or dicts of a param group's, as in torch.optim."
 
 
@@ -44,7 +45,8 @@ def meanings(cls: type[RecipeOptimizer]) -> dict[str, str]:
     arguments = cls.arguments()
     more = [source.__doc__ for source in cls.explained_by]
     found: dict[str, str] = {}
-    for text in (around.__doc__, *more, cls.recipe.__doc__, StatefulOptimizer.__doc__, vars(cls).get("__doc__")):
+    found |= read(around.__doc__, arguments.keys() & _SHARED)[1]
+    for text in (*more, cls.recipe.__doc__, StatefulOptimizer.__doc__, vars(cls).get("__doc__")):
         found |= read(text, arguments)[1]
     found["params"] = _PARAMS
     return {name: found[name] for name in arguments if name in found}

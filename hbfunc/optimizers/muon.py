@@ -40,7 +40,8 @@ def muon(
 
     nesterov: False takes s itself, the heavy ball.
     betas[1] and eps are unused; so is `palm`, and setting it gives a warning.
-    orthogonalizer: "newtonschulz" (also called "qr"), "polar_express" or "svd"; steps and coefficients change it.
+    orthogonalizer: "newtonschulz" (also called "qr"), "polar_express" or "svd".
+    steps, coefficients: of the iteration.
     scale: "shape", as above, "rms", "spectral", or a function (rows, columns) -> number.
     batch_dims, heads, split_sizes: which matrices a parameter is made of, or functions (path, parameter) -> value:
 
@@ -91,6 +92,7 @@ class ForeachMuon(RecipeOptimizer, recipe=muon, foreach_before="storage_dtype"):
     """
 
     for_matrices = True
+    explained_by = (orthogonalize,)
     start = "0.02 for the matrices, with AdamW at 0.003 beside it for embeddings, head and vectors"
 
 
@@ -98,6 +100,7 @@ class MuonLaProp(RecipeOptimizer, recipe=muon_laprop, foreach_before="storage_dt
     """LaProp, orthogonalized. `utils.zeroth_power_mode` chooses how: "newtonschulz" (also for "qr") or "svd"."""
 
     for_matrices = True
+    explained_by = (orthogonalize,)
     start = "as Muon"
 
 

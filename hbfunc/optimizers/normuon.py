@@ -17,7 +17,7 @@ from hbfunc.schedules import Number, at, count_zeros, increment
 from hbfunc.stacks import along, layout, matrix_rule, put, take
 from hbfunc.transforms.adaptive import check_adam
 from hbfunc.transforms.momentum import heavyball_momentum, nesterov_momentum
-from hbfunc.transforms.orthogonal import Count, Matrices, Scale, Sizes
+from hbfunc.transforms.orthogonal import Count, Matrices, Scale, Sizes, orthogonalize
 
 _EPS = 1e-8
 
@@ -127,4 +127,5 @@ class NorMuon(RecipeOptimizer, recipe=normuon):
     """
 
     for_matrices = True
+    explained_by = (orthogonalize,)
     start = "as Muon"

@@ -41,7 +41,7 @@ class Defaults(NamedTuple):
 DEFAULTS = {
     # kernels this small lose more than they gain by being shared
     "digits": Defaults(target=0.97, steps=200, batch_size=128, lrs=(1e-3, 3e-1, 8), repeats=3, threads=1),
-    "text": Defaults(target=3.3, steps=300, batch_size=8, lrs=(3e-3, 1e-1, 4), repeats=1, threads=None),
+    "text": Defaults(target=3.7, steps=300, batch_size=8, lrs=(1e-3, 3e-2, 4), repeats=1, threads=None),
 }
 
 
