@@ -332,7 +332,11 @@ def test_help_names_every_optimizer_and_every_default(capsys):
     shown = capsys.readouterr().out
     assert all(name in shown for name in recipes())
     shown = " ".join(shown.split())
-    for value in ("200 for digits, 300 for text", "0.97 for digits, 3.7 for text", "1 for digits, as torch has it for text"):
+    for value in (
+        "200 for digits, 300 for text",
+        "0.97 for digits, 3.7 for text",
+        "1 for digits, as torch has it for text",
+    ):
         assert f"(default: {value}" in shown
     options = [action for action in parser()._actions if action.nargs != 0 and action.dest != "lrs"]
     assert [action.dest for action in options if "default: " not in action.help] == []
