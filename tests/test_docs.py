@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from tables import CLASSES
 
 import hbfunc
-from hbfunc.race.__main__ import parser
+from hbfunc.optimizers.base import OPTIMIZERS
+from hbfunc.race.__main__ import parser, spaced
+from hbfunc.race.tasks import DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {p.name: p for p in [ROOT / "README.md", *(ROOT / "hbfunc/docs").glob("*.md")]}
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+def section(page: str, title: str) -> str:
+    return PAGES[page].read_text(encoding="utf-8").split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
 def exists(dotted: str) -> bool:
@@ -61,8 +65,9 @@ def test_the_names_of_a_page_exist(page):
 
 
 def test_the_tables_name_what_there_is():
-    """Every identifier in backticks in the README's list is public. That every optimizer is told of: test_tables.py."""
-    listed = set(re.findall(r"`([A-Za-z_]\w+)`", section("What is there")))
+    """Every identifier in backticks in the lists is public. That every optimizer is told of: test_tables.py."""
+    lists = section("optimizers.md", "Optimizers"), section("optimizers.md", "Everything else")
+    listed = set(re.findall(r"`([A-Za-z_]\w+)`", "".join(lists)))
     assert [n for n in sorted(listed) if not hasattr(hbfunc, n)] == []
     assert {"FromTransform", "MatricesTo"} <= listed
 
@@ -75,15 +80,16 @@ def test_the_links_of_a_page_lead_somewhere(page):
 
 
 def test_the_layout_is_the_layout():
-    """Every file and folder of the tree that the README draws exists."""
-    _, *package, top = section("Contributing").split("```")[1].strip().splitlines()
+    """Every file and folder of the tree that is drawn exists."""
+    _, *package, top = section("architecture.md", "The files").split("```")[1].strip().splitlines()
     paths = [ROOT / "hbfunc" / line.split()[0] for line in package] + [ROOT / name for name in top.split()]
     assert [str(p) for p in paths if not p.exists()] == []
 
 
 def test_the_options_of_the_race_exist():
     known = parser().format_help()
-    assert [o for o in re.findall(r"--[a-z][a-z-]*", section("The race")) if o not in known] == []
+    text = PAGES["race.md"].read_text(encoding="utf-8")
+    assert [o for o in re.findall(r"--[a-z][a-z-]*", text) if o not in known] == []
 
 
 def test_the_commands_are_the_ones_that_ci_runs():
@@ -91,3 +97,23 @@ def test_the_commands_are_the_ones_that_ci_runs():
     lines = [line for line in README.splitlines() if line.startswith("python -m pip install -e '.[test]' && ")]
     assert lines == ["python -m pip install -e '.[test]' && python -m pytest -n 2"]
     assert subprocess.run(["bash", "-n", ROOT / ".ci/run"], check=False).returncode == 0
+
+
+def test_where_to_start_says_what_the_classes_and_the_results_say():
+    """The table of the page is this one: defaults and advice of the classes, and what was measured on the digits."""
+    (results,) = (ROOT / "benchmarks/results").glob("convergence-*-torch2.13.0.json")
+    digits = json.loads(results.read_text(encoding="utf-8"))["rows"]["digits"]
+    rates = spaced(*DEFAULTS["digits"].lrs)
+    lines = ["| class | default lr | where to start | lr with 97% of the digits |", "|---|---|---|---|"]
+    for title in dict.fromkeys(cls.recipe.__name__ for cls in CLASSES.values()):
+        cls = OPTIMIZERS[title]
+        hits = [lr for lr, hit in zip(rates, (digits.get(title) or {}).get("by_lr", ()), strict=False) if hit == 3]
+        window = f"{hits[0]:.2g} to {hits[-1]:.2g}" if hits else ""
+        lr = cls.arguments()["lr"].default
+        lines.append(f"| `{cls.__name__.removeprefix('Foreach')}` | {lr} | {cls.start} | {window} |")
+    assert "\n".join(lines) in section("optimizers.md", "Where to start")
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+    assert "licence has been chosen" in README
