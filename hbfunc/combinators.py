@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,9 +49,21 @@ class _Making(threading.local):
 
     inside = False  # whether a factory of one is being called
     nested = False  # whether that factory has made another one
+    known: dict[Any, tuple[Transform, Any]] | None = None  # see `made_once`
 
 
 _making = _Making()
+
+
+@contextmanager
+def made_once() -> Iterator[None]:
+    """Inside, `with_hyperparameters` makes one transform of the same tensors, however often it is called: for a caller
+    who updates leaf after leaf, and writes to no number meanwhile."""
+    before, _making.known = _making.known, {}
+    try:
+        yield
+    finally:
+        _making.known = before
 
 
 @remembered
@@ -95,6 +108,15 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         finally:
             _making.inside = _making.nested = before
 
+    def inner_of(hyper: Mapping[str, Any]) -> Transform:
+        """The transform of a state's numbers."""
+        if _making.known is None:
+            return make(hyper, **choices)[0]
+        key = (make, *map(id, hyper.values()))
+        if key not in _making.known:
+            _making.known[key] = make(hyper, **choices)[0], hyper  # kept, for the sake of their ids
+        return _making.known[key][0]
+
     built, nested = make(values)
     if nested:  # which of their numbers are functions of these, shows where these are tensors
         built, _ = make({k: torch.as_tensor(v) for k, v in numbers.items()}, **choices)
@@ -136,7 +158,7 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         device = _device(params, state)
         known = {k: v for k, v in written.items() if isinstance(v, Tensor) and v.device == device}
         hyper = {k: known[k] if k in known else tensor(v, params, device) for k, v in (numbers | written).items()}
-        updates, inner = make(hyper, **choices)[0].update(inner, updates, params, **extras)
+        updates, inner = inner_of(hyper).update(inner, updates, params, **extras)
         inner, after = _apart(inner)
         if after.keys() != others.keys() or (others and after is others):  # nobody has taken them for theirs
             raise ValueError(_other_numbers(built.name, state["hyper"], stored, choices))

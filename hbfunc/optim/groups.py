@@ -63,6 +63,10 @@ class ParamGroups(torch.optim.Optimizer):
         several optimizers, share graphs. None: not known, share nothing."""
         return None
 
+    def trusted(self, group: dict[str, Any]) -> bool:
+        """Whether the transform of a param group runs no function but the library's."""
+        return False
+
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """The value of a hyperparameter of the state in a param group; "beta1" and "beta2" are entries of "betas"."""
         split = name in ("beta1", "beta2", "beta3") and "betas" in group

@@ -30,6 +30,7 @@ from hbfunc.optim.compiled import (
 )
 from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
+from hbfunc.optim.piecewise import PieceByPiece, fits
 from hbfunc.optim.unit_state import UnitState
 from hbfunc.tree import AUXILIARY, nested
 
@@ -65,6 +66,7 @@ class Unit(UnitState):
         super().__init__(transform, leaves, double, joined, nonfinite)
         self.flushing: bool | Flush = False  # whether this step applies what the transform has gathered
         self.rule: Hashable | None = None  # equal for units of equal transforms, if that is known
+        self.trusted = False  # all that the transform runs is of this library: it fails at the first step or never
         self.steps: dict[Any, Ready] = {}
         self.varied = False  # sets of parameters with gradients are known to change
         self.patterns: set[Any] = set()  # sets of parameters with gradients that have a graph of their own
@@ -137,6 +139,13 @@ class Unit(UnitState):
             self.steps[key] = self._prepared(key, range(len(self.sources)) if masked else given)
         ready = self.steps[key]
         taken = partial(self._taken_all if masked else self._taken, given, products or ())
+        if isinstance(ready.step, PieceByPiece):
+            if not ready.tried:
+                params, grads, _ = taken()
+                ready.step.rehearse(params, grads, self.buffers())
+            ready.tried = True
+            if rehearse:
+                return self.forget()
         if rehearse:
             if mode is None:
                 self._rehearse(ready.step, taken, keep=True)
@@ -177,6 +186,10 @@ class Unit(UnitState):
         extras, device = self._extras(refresh), self.params[0].device
 
         def make() -> Ready:
+            if mode is None and plain and self.trusted and fits(self.transform):
+                hyper = (place for place in self.at if place in self.hyper)
+                paths = self.flat_paths
+                return Ready(PieceByPiece(self.transform, paths, given, self.at, extras, self.empty, set(hyper)))
             step = in_place_step(
                 self.transform,
                 self.flat_paths,

@@ -176,7 +176,7 @@ class UnitsOfGroups(ParamGroups):
             units = [self._unit(group, Leaves(part), double, stored, index) for part in parts]
         for unit in units:
             unit.varied = index in self._apart
-            unit.rule = self.rule(group, unit)
+            unit.rule, unit.trusted = self.rule(group, unit), self.trusted(group)
         taken = [unit.take({k: stored[k] for k in unit.parameters if k in stored}, loaded) for unit in units]
         self._show(list(zip(units, taken, strict=True)), owners)
         return units

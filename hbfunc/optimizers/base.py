@@ -163,6 +163,14 @@ class RecipeOptimizer(BaseOpt):
         rule = type(self).recipe, group["nonfinite"], tuple([(k, type(v), v) for k, v in sorted(fixed.items())])
         return None if any(isinstance(v, Tensor) for v in fixed.values()) or not _hashable(rule) else rule
 
+    def trusted(self, group: dict[str, Any]) -> bool:
+        """Whether recipe and options are the library's, and numbers and choices."""
+        options = self.options(group)
+        values = [*options.values(), *options.get("betas", ())]
+        given = [v for v in values if not isinstance(v, ParametricSchedule)]
+        ours = type(self).recipe.__module__.startswith("hbfunc.")
+        return ours and not any(callable(v) or isinstance(v, Transform) for v in given)
+
 
 def _signature(cls: type[RecipeOptimizer]) -> inspect.Signature:
     """params, the options of the recipe with `foreach` among them, and what every class takes."""
