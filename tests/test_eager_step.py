@@ -71,7 +71,7 @@ def test_every_class_steps_without_a_compiler(title, monkeypatch):
     cls = CLASSES[title]
     reference = run(cls(leaves(), lr=0.01, seed=0), 2)
 
-    def broken(step, mode, dynamic, device):
+    def broken(step, mode, dynamic, device, streams):
         def fail(*args):
             raise BackendCompilerFailed(fail, InvalidCxxCompiler(), None)
 

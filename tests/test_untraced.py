@@ -125,7 +125,7 @@ def test_without_a_compiler(compiler, tmp_path):
 
 
 def test_other_errors_of_a_compilation_are_not_hidden(monkeypatch):
-    def broken(step, mode, dynamic, device):
+    def broken(step, mode, dynamic, device, streams):
         def fail(*args):
             raise RuntimeError("something else")
 

@@ -109,9 +109,16 @@ def _write(old: Tensor, new: Tensor) -> None:
     old.copy_(new)
 
 
-def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.device) -> Step:
+_STREAMS = 32  # of one loop
+
+
+def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.device, streams: int = 0) -> Step:
     """`step` under torch.compile with the documented settings: mode None is no compilation, and on the CPU, where there
-    is nothing to tune, the autotuning modes mean "default"."""
+    is nothing to tune, the autotuning modes mean "default".
+
+    streams: how many tensors of the size of a leaf a step reads and writes for each. Inductor puts loops of one size
+    into one, and a core fetches ahead for some streams only: so many leaves are together as have `_STREAMS`.
+    """
     if mode is None:
         return step
     own = own_code(step, "step")
@@ -120,6 +127,8 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
         return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options)
     if device.type != "cpu" or not mode.startswith("max-autotune"):
         options |= list_mode_options(mode, dynamic)  # which is what `mode` means; both cannot be passed
+    if device.type == "cpu" and streams:
+        options["cpp.max_horizontal_fusion_size"] = max(1, _STREAMS // streams)
     return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
 
 
@@ -145,7 +154,6 @@ def told(mode: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     _logger.info("compiled a step in %.1f s", time.perf_counter() - start)
-
 
 _made: WeakValueDictionary[Hashable, Ready] = WeakValueDictionary()
 

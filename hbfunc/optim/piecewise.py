@@ -94,7 +94,7 @@ class PieceByPiece:
             yield step(ps, gs, xs, ()) or [], shared
 
     def _planned(self, params: Sequence[Tensor], given: dict[int, Tensor], tensors: Sequence[Tensor]) -> list[_Piece]:
-        """The pieces: made once, unless memory is laid out in another way. What is rounded, as it is by name, is whole."""
+        """The pieces: made once, unless memory is laid out in another way. What is rounded, by name, is whole."""
         whole = [
             not (p.ndim and p.is_contiguous() and p.dtype == compute_dtype(p))
             or (i in given and not given[i].is_contiguous())

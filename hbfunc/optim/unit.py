@@ -201,10 +201,14 @@ class Unit(UnitState):
                 empty=self.empty,
                 masked=self.layout if pattern is None else None,
             )
-            return Ready(compiled(step, mode, dynamic, device))
+            return Ready(compiled(step, mode, dynamic, device, self._streams()))
 
         alike = None if mode is None else self._alike()
         return make() if alike is None else shared((alike, key), make)
+
+    def _streams(self) -> int:
+        """How many tensors of its size there are for a leaf: parameter, gradient, and those of the state."""
+        return 2 + -(-sum(x.ndim > 0 for x in self.buffers()) // len(self.sources))
 
     def _alike(self) -> Hashable | None:
         """A key that is equal for units whose graphs are the same; None if that is not known."""
