@@ -155,6 +155,7 @@ def told(mode: str) -> Iterator[None]:
     yield
     _logger.info("compiled a step in %.1f s", time.perf_counter() - start)
 
+
 _made: WeakValueDictionary[Hashable, Ready] = WeakValueDictionary()
 
 
