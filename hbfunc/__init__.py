@@ -51,8 +51,11 @@ from hbfunc.optimizers.psgd import (
 )
 from hbfunc.optimizers.schedule_free import ForeachSFAdamW, PaLMForeachSFAdamW, PaLMSFAdamW, SFAdamW, sfadamw
 from hbfunc.optimizers.sgd import SGD, sgd
+from hbfunc.optimizers.shampoo import KLShampoo, Shampoo, kl_shampoo, shampoo
 from hbfunc.optimizers.soap import (
+    KLSOAP,
     SOAP,
+    SOLP,
     ForeachSOAP,
     PaLMForeachSOAP,
     PaLMSOAP,
@@ -88,8 +91,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADOPT",
+    "KLSOAP",
     "SGD",
     "SOAP",
+    "SOLP",
     "AdEMAMix",
     "AdamW",
     "CachedDelayedPSGDKron",
@@ -108,6 +113,7 @@ __all__ = [
     "ForeachSFAdamW",
     "ForeachSOAP",
     "FromTransform",
+    "KLShampoo",
     "LaProp",
     "Lion",
     "MatricesTo",
@@ -129,6 +135,7 @@ __all__ = [
     "PurePSGD",
     "RMSprop",
     "SFAdamW",
+    "Shampoo",
     "SplitOpt",
     "Transform",
     "a_law_compress",
@@ -154,6 +161,7 @@ __all__ = [
     "heavyball_momentum",
     "hypergrad",
     "identity",
+    "kl_shampoo",
     "l2_clip",
     "laprop",
     "lion",
@@ -191,6 +199,7 @@ __all__ = [
     "set_to_zero",
     "sfadamw",
     "sgd",
+    "shampoo",
     "skipped_steps",
     "soap",
     "stateless",

@@ -36,15 +36,15 @@ Clipping = str | Clip | Transform | None
 Betas = Sequence[Number]
 
 SCHEDULES = (  # the numbers that may be functions of the step
-    *("lr", "beta", "beta1", "beta2", "beta3", "momentum", "alpha", "beta2_scale", "shampoo_beta", "weight_decay"),
-    "preconditioner_update_probability",
+    *("lr", "beta", "beta1", "beta2", "beta3", "momentum", "alpha", "beta2_scale", "shampoo_beta", "slow_beta"),
+    *("weight_decay", "preconditioner_update_probability"),
 )
 _INF = float("inf")
 RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     **dict.fromkeys(("lr", "eps", "weight_decay", "mars_gamma", "beta2_scale", "precond_lr"), (0, _INF, False, True)),
     **dict.fromkeys(("clip_exp", "alpha"), (0, _INF, False, True)),
     "warmup_steps": (0, _INF, False, True),
-    **dict.fromkeys(("beta", "beta1", "beta2", "beta3", "momentum", "shampoo_beta"), (0, 1, False, True)),
+    **dict.fromkeys(("beta", "beta1", "beta2", "beta3", "momentum", "shampoo_beta", "slow_beta"), (0, 1, False, True)),
     "dampening": (0, 1, False, False),
     **dict.fromkeys(("precond_init_scale", "d0", "d_coef"), (0, _INF, True, True)),
     "momentum_decay": (0, _INF, False, True),

@@ -365,6 +365,24 @@ def soap() -> list[Row]:
         "normalize_grads": {"normalize_grads": True},
         "plain-betas": {"correct_bias": False},
         "laprop": {"inner": "laprop"},
+        "nadam": {"inner": "nadam", "precondition_frequency": 3, "palm": True},
+        "nadam-plain-betas": {"inner": "nadam", "correct_bias": False},
+        "ademamix": {
+            "kwargs": {"inner": "ademamix", "slow_beta": 0.7, "alpha": 2.0},
+            "numbers": (*numbers, "slow_beta", "alpha"),
+        },
+        "kl": {"kl": True, "eps": 0.02},
+        "kl-combined": {
+            "kwargs": {
+                **MANY,
+                "kl": True,
+                "inner": "laprop",
+                "shampoo_beta": 0.8,
+                "merge_dims": False,
+                "max_precond_dim": 3,
+            },
+            "params": {"kernel": (3, 3, 4), "cube": (2, 2, 2), "bias": (3,), "scale": ()},
+        },
         "stop_gradient": {
             "kwargs": {"stop_gradient": True},
             "without": {"differentiates": "leaves out the derivative by way of the bases, on purpose"},

@@ -322,9 +322,9 @@ def check_share(ranks):
     seen: dict[tuple[int, ...], int] = {}
     orthogonalize = polar.orthogonalize
 
-    def counting(x, method):
+    def counting(x, method, **options):
         seen[tuple(x.shape[1:])] = seen.get(tuple(x.shape[1:]), 0) + len(x)
-        return orthogonalize(x, method)
+        return orthogonalize(x, method, **options)
 
     polar.orthogonalize = counting
     try:

@@ -554,6 +554,26 @@ def soap_determined(
     return all(s[d] ** 2 <= math.prod(s) for s, d in dims)
 
 
+def kl_covariances(x: Array, s: State, dims: list[int], beta: float, eps: float) -> None:
+    """Move the factors (Lin et al. 2025, arXiv 2509.03378), plain averages from 0.1 I: of each, the other dims are
+    whitened by their old bases and eigenvalues, and the mean is over fibres."""
+    values = {d: np.maximum(np.diag(s["Q"][d].T @ s["GG"][d] @ s["Q"][d]), eps) for d in dims}
+    for d in dims:
+        white = x
+        for e in dims:
+            if e != d:
+                white = mode(np.diag(values[e] ** -0.5) @ s["Q"][e].T, white, e)
+        ema(s["GG"], d, outer(white, d) / (x.size // x.shape[d]), beta)
+
+
+def inner_nadam(u: Array, s: State, decay1: float, decay2: float, eps: float, t: int, debias: bool) -> Array:
+    """beta1 is decay1 as it is: the debiased average is m / (1 - beta1^t)."""
+    m, v = ema(s, "m", u, decay1), ema(s, "v", u * u, decay2)
+    if not debias:
+        return (decay1 * m + (1 - decay1) * u) / D(v, eps)
+    return (decay1 * m / (1 - decay1 ** (t + 1)) + (1 - decay1) * u / (1 - decay1**t)) / D(v, eps)
+
+
 def soap(
     params: Mapping[str, Array],
     grads: Grads,
@@ -578,9 +598,15 @@ def soap(
     due: Callable[[int], bool] | None = None,
     inner: str = "adam",
     refresh_phase: int = 0,
+    kl: bool = False,
+    slow_beta: float = 0.9999,
+    alpha: float = 5.0,
+    power: float | None = None,
+    graft: bool = False,
     **options: Any,
 ) -> list[Params]:
-    """SOAP (Vyas et al. 2024): Adam, or LaProp, in the eigenbasis of Shampoo's factors.
+    """SOAP (Vyas et al. 2024): Adam, or another rule, in the eigenbasis of Shampoo's factors. With a `power`, Shampoo
+    instead: a momentum times l^-power in that basis, l as the factors are after this step's gradient.
 
     `due(t)`, asked at t >= 2, replaces the schedule; with `use_precond_schedule` it must be given, since the draws are
     the library's. Compare trajectories where `soap_determined(shape)`. The columns of a basis may differ in sign
@@ -592,32 +618,64 @@ def soap(
     """
     if use_precond_schedule and due is None:
         raise ValueError("use_precond_schedule needs due=, the injected draws")
-    scale = {"adam": scale_by_adam, "laprop": scale_by_laprop}[inner]
+
+    def adapt(u: Array, s: State, t: int) -> Array:
+        decay1 = b(betas[0], t) if correct_bias else betas[0]
+        decay2 = second(betas[1], t, palm, beta2_scale) if correct_bias or palm else betas[1]
+        if inner == "nadam":
+            return inner_nadam(u, s, betas[0], decay2, eps, t, correct_bias)
+        if inner == "laprop":
+            return scale_by_laprop(u, s, decay1, decay2, eps)
+        fast = scale_by_adam(u, s, decay1, decay2, eps)
+        return fast if inner == "adam" else fast + alpha * ema(s, "slow", u, slow_beta) / D(s["v"], eps)
+
+    def shampoo(x: Array, s: State, t: int, dims: list[int]) -> Array:
+        adam = adapt(x, s, t)
+        if not dims:
+            return adam
+        u = s["m"]
+        for d in dims:
+            Q = s["Q"][d]
+            l = np.maximum(np.diag(Q.T @ s["GG"][d] @ Q), eps)  # noqa: E741
+            u = mode(Q @ np.diag(l ** -(power or 1 / (2 * len(dims)))) @ Q.T, u, d)
+        size = np.linalg.norm(u)
+        return u * (np.linalg.norm(adam) / size if size else 0.0) if graft else u
 
     def block(x: Array, s: State, t: int, dims: list[int]) -> Array:
+        s.setdefault("Q", {d: np.eye(x.shape[d]) for d in dims})
+        if kl:
+            s.setdefault("GG", {d: 0.1 * np.eye(x.shape[d]) for d in dims})
         if t == 1:
-            s["GG"] = {d: outer(x, d) for d in dims}
+            if kl:
+                kl_covariances(x, s, dims, shampoo_beta, eps)
+            else:
+                s["GG"] = {d: outer(x, d) for d in dims}
             s["Q"] = {d: np.linalg.eigh(GG).eigenvectors[:, ::-1] for d, GG in s["GG"].items()}
             return np.zeros_like(x)
 
-        u = x
-        for d, Q in s["Q"].items():
-            u = mode(Q.T, u, d)
-        decay1 = b(betas[0], t - 1) if correct_bias else betas[0]
-        decay2 = second(betas[1], t - 1, palm, beta2_scale) if correct_bias or palm else betas[1]
-        u = scale(u, s, decay1, decay2, eps)
-        for d, Q in s["Q"].items():
-            u = mode(Q, u, d)
-
-        for d in dims:
-            ema(s["GG"], d, outer(x, d), b(shampoo_beta, t))
+        if not graft and power is None:
+            u = x
+            for d, Q in s["Q"].items():
+                u = mode(Q.T, u, d)
+            u = adapt(u, s, t - 1)
+            for d, Q in s["Q"].items():
+                u = mode(Q, u, d)
+        if kl:
+            kl_covariances(x, s, dims, shampoo_beta, eps)
+        else:
+            for d in dims:
+                ema(s["GG"], d, outer(x, d), b(shampoo_beta, t))
+        if graft or power is not None:
+            u = shampoo(x, s, t - 1, dims)
         if due(t) if due is not None else (t - refresh_phase) % precondition_frequency == 0:
             for d, Q in s["Q"].items():
                 GG = s["GG"][d]
                 order = np.argsort(-np.diag(Q.T @ GG @ Q), kind="stable")
                 new = np.linalg.qr(GG @ Q[:, order]).Q
-                s["m"] = mode(new.T @ Q, s["m"], d)
-                s["v"] = np.take(s["v"], order, axis=d)
+                if not graft and power is None:
+                    for average in ("m", "slow") if "slow" in s else ("m",):
+                        s[average] = mode(new.T @ Q, s[average], d)
+                    s["v"] = np.take(s["v"], order, axis=d)
                 s["Q"][d] = new
         return u
 

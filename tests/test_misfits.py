@@ -10,6 +10,7 @@ import conformance
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import has
 from torch import Tensor, nn
 
 import hbfunc
@@ -113,9 +114,11 @@ def test_storage_in_float64(name: str) -> None:
     """The same numbers, and the entries of the parameters in float64."""
     runs = []
     for dtype in ("float32", "float64"):
-        tx, params = getattr(hbfunc, name)(storage_dtype=dtype) if name != "soap" else hbfunc.soap(), P
-        if name == "soap":
-            tx = hbfunc.soap() if dtype == "float32" else hbfunc.with_storage(hbfunc.soap(), dtype)
+        make, params = getattr(hbfunc, name), P
+        if has(make, "storage_dtype"):
+            tx = make(storage_dtype=dtype)
+        else:
+            tx = make() if dtype == "float32" else hbfunc.with_storage(make(), dtype)
         state = tx.init(params)
         for t in range(3):
             grads = {"w": torch.randn(3, 4, generator=torch.Generator().manual_seed(t))}

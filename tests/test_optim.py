@@ -23,7 +23,10 @@ from hbfunc.optim import compiled
 
 # Another set of options for a second group, by recipe.
 SECOND = {
-    "soap": {"precondition_frequency": 3, "max_precond_dim": 4, "merge_dims": False, "normalize_grads": True},
+    **{
+        name: {"precondition_frequency": 3, "max_precond_dim": 4, "merge_dims": False, "normalize_grads": True}
+        for name in ("soap", "shampoo", "kl_shampoo")
+    },
     "psgd_kron": {"preconditioner_update_probability": 0.5, "memory_save_mode": "one_diag", "q_dtype": "bfloat16"},
 }
 SHAPES = {"a": (4, 3), "b": (4, 3), "conv": (2, 3, 2, 2), "bias": (5,), "scalar": ()}

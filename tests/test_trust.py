@@ -72,7 +72,10 @@ class Functional:
 
 # Options under which a skipped step has the most to leave alone.
 BUSY: dict[str, dict[str, Any]] = {
-    "soap": {"precondition_frequency": 3, "warmup_steps": 4, "mars": True, "weight_decay": 0.1},
+    **{
+        name: {"precondition_frequency": 3, "warmup_steps": 4, "mars": True, "weight_decay": 0.1}
+        for name in ("soap", "shampoo", "kl_shampoo")
+    },
     "psgd_kron": {"stochastic_schedule": False, "preconditioner_update_probability": 0.4, "mars": True},
 }
 OTHERS = {"mars": True, "caution": True, "warmup_steps": 4, "weight_decay": 0.1, "storage_dtype": "bfloat16"}

@@ -6,6 +6,7 @@ eigendecomposition; later, one step of orthogonal iteration at a time follows th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,15 @@ from hbfunc.autocast import own_precision
 from hbfunc.linalg import modes
 from hbfunc.linalg.modes import outer_product
 
-__all__ = ["eigenbasis", "outer_product", "project", "project_back", "refresh"]
+__all__ = [
+    "eigenbasis",
+    "eigenvalues",
+    "outer_product",
+    "project",
+    "project_back",
+    "refresh",
+    "whitened_outer_products",
+]
 
 
 @own_precision
@@ -41,6 +50,36 @@ def refresh(q: Tensor, gg: Tensor) -> tuple[Tensor, Tensor]:
     order = (q * moved).sum(-2).argsort(dim=-1, descending=True, stable=True)
     moved = moved.gather(-1, order.unsqueeze(-2).expand_as(moved))
     return torch.linalg.qr(moved).Q.contiguous(), order
+
+
+@own_precision
+def eigenvalues(q: Tensor, gg: Tensor) -> Tensor:
+    """diag(q^T gg q), what gg [..., n, n] has for eigenvalues if the columns of q are its eigenvectors: [..., n]."""
+    return (q * (gg @ q)).sum(-2)
+
+
+@own_precision
+def whitened_outer_products(
+    x: Tensor, qs: Sequence[Tensor | None], values: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The mean outer product of the fibres of each mode of x that has a basis, after the other modes are whitened by
+    their bases and eigenvalues: for two modes, (1/n) X Q2 diag(1/l2) Q2^T X^T and (1/m) X^T Q1 diag(1/l1) Q1^T X.
+
+    Their averages are the factors of the Kronecker product that is nearest to the covariance of x in the sense of
+    Kullback and Leibler (Lin et al. 2025, arXiv 2509.03378)."""
+    order = len(qs)
+    roots: list[Tensor | None] = []
+    for q, value in zip(qs, values, strict=True):
+        roots.append(None if q is None or value is None else q * value.rsqrt().unsqueeze(-2))
+    products: list[Tensor | None] = []
+    for mode, q in enumerate(qs):
+        if q is None:
+            products.append(None)
+            continue
+        white = modes.multiply(x, [None if other == mode else root for other, root in enumerate(roots)])
+        fibres = math.prod(x.shape[x.ndim - order :]) // x.shape[mode - order]
+        products.append(outer_product(white, mode, order) / fibres)
+    return products
 
 
 @own_precision

@@ -81,7 +81,7 @@ def _rotated_back(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if q is None or "GG_0" not in entries or q.ndim != 2:
         return dict(entries)
     rotated = dict(entries)
-    for name, basis in (("exp_avg", q), ("exp_avg_sq", q.square())):
+    for name, basis in (("exp_avg", q), ("exp_avg_slow", q), ("exp_avg_sq", q.square())):
         x = entries.get(name)
         if x is not None and x.ndim and len(x) == len(q):
             rotated[name] = (basis.to(x.dtype) @ x.reshape(len(x), -1)).reshape(x.shape)

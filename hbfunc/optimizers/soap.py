@@ -11,6 +11,7 @@ from hbfunc.contract import Transform
 from hbfunc.optimizers.base import RecipeOptimizer
 from hbfunc.pipeline import Betas, Clipping, around, check_flags, recipe
 from hbfunc.schedules import Number
+from hbfunc.transforms.inner import ALPHA, SLOW_BETA
 from hbfunc.transforms.soap import scale_by_soap
 
 
@@ -43,6 +44,9 @@ def soap(
     inner: str = "adam",
     stop_gradient: bool = False,
     refresh_phase: int = 0,
+    kl: bool = False,
+    slow_beta: Number | None = None,
+    alpha: Number | None = None,
     seed: int | Tensor = 0,
     **common: Any,
 ) -> Transform:
@@ -55,6 +59,13 @@ def soap(
 
     The first step makes the bases and moves nothing, weight decay included. PaLM's t counts the updates of the inner
     rule. `precondition_frequency` is a hyperparameter in the state when it is a tensor.
+
+    `inner` has another rule in the place of Adam, and `kl=True` fits L and R as KL-SOAP does (Lin et al. 2025, arXiv
+    2509.03378).
+
+    Where to start: precondition_frequency=1 while steps are cheap beside the model's, 10 where matrices are large;
+    max_precond_dim as large as memory allows, or split=True for blocks of that size; and an update of a bounded root
+    mean square, update_clipping="rmsnorm_clip_" for 1, or `hbfunc.rmsnorm_clip(0.5)`.
     """
     flags = {
         "merge_dims": merge_dims,
@@ -64,11 +75,12 @@ def soap(
         "split": split,
         "use_precond_schedule": use_precond_schedule,
         "stop_gradient": stop_gradient,
+        "kl": kl,
     }
     check_flags(**flags)
 
     def rule(
-        beta1: Number, beta2: Number, eps: Any, shampoo_beta: Number, precondition_frequency: int | Tensor
+        beta1: Number, beta2: Number, eps: Any, shampoo_beta: Number, precondition_frequency: int | Tensor, **more: Any
     ) -> Transform:
         return scale_by_soap(
             beta1,
@@ -82,9 +94,12 @@ def soap(
             inner=inner,
             seed=seed,
             refresh_phase=refresh_phase,
+            **more,
             **flags,
         )
 
+    if inner == "ademamix":  # numbers of the state
+        slow_beta, alpha = SLOW_BETA if slow_beta is None else slow_beta, ALPHA if alpha is None else alpha
     return around(
         "soap",
         rule,
@@ -93,6 +108,8 @@ def soap(
         eps=eps,
         shampoo_beta=shampoo_beta,
         precondition_frequency=precondition_frequency,
+        slow_beta=slow_beta,
+        alpha=alpha,
         weight_decay=weight_decay,
         warmup_steps=warmup_steps,
         mars=mars,
@@ -134,6 +151,19 @@ class PrecondSchedulePaLMForeachSOAP(PrecondScheduleForeachSOAP, title="precond_
     """SOAP with PaLM's beta2 and ever rarer refreshes."""
 
     palm = True
+
+
+class KLSOAP(ForeachSOAP, title="kl_soap"):
+    """KL-SOAP (Lin et al. 2025, arXiv 2509.03378): SOAP with covariances that are fitted in the sense of Kullback and
+    Leibler, see `kl` in `hbfunc.scale_by_soap`."""
+
+    kl = True
+
+
+class SOLP(ForeachSOAP, title="solp"):
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839) in SOAP's eigenbasis."""
+
+    inner = "laprop"
 
 
 SOAP = ForeachSOAP

@@ -22,16 +22,17 @@ from hbfunc.branch import branch
 from hbfunc.buckets import Bucket
 from hbfunc.contract import RefreshSchedule, Transform, remembered
 from hbfunc.forms import short
-from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept
+from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, in_dtype_of, kept
 from hbfunc.linalg import eigenbasis as bases
 from hbfunc.opaque import materialize
 from hbfunc.ranges import check_choice, check_int, check_number
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment
 from hbfunc.stacks import Rows, along, matrix_rule, put, take
 from hbfunc.stacks import layout as stacks_layout
-from hbfunc.transforms.adaptive import check_adam, denominator, ema
+from hbfunc.transforms.adaptive import check_adam, check_flag, ema
+from hbfunc.transforms.inner import Inner, Stacks, inner_rule
 
-Stacks = dict[str, Tensor]  # of one bucket: exp_avg and exp_avg_sq [k, *shape], GG_d and Q_d [k, n, n] of some modes d
+KL_START = 0.1  # of the factors, times the identity
 
 
 @remembered
@@ -55,6 +56,9 @@ def scale_by_soap(
     seed: int | Tensor = 0,
     stop_gradient: bool = False,
     refresh_phase: int = 0,
+    kl: bool = False,
+    slow_beta: Number | None = None,
+    alpha: Number | None = None,
 ) -> Transform:
     """SOAP, algorithm 3 of arXiv 2409.11321, with debiased averages. With t a leaf's own count of steps, from 1:
 
@@ -77,7 +81,13 @@ def scale_by_soap(
     data_format: "channels_last" for 4-d leaves whose dims are [out, height, width, in].
     normalize_grads: divide the update of each leaf by its root mean square.
     correct_bias: debias the moments; False keeps plain averages that start at 0.
-    inner: the rule in the rotated coordinates, "adam" or "laprop".
+    inner: the rule in the rotated coordinates: "adam", "laprop", "nadam" (`scale_by_nadam`) or "ademamix"
+        (`scale_by_ademamix`).
+    slow_beta, alpha: of "ademamix", whose second momentum they are about, by default 0.9999 and 5; None for the others.
+    kl: fit the covariances to the update's in the sense of Kullback and Leibler (Lin et al. 2025, arXiv 2509.03378):
+        the outer product over a mode is the mean over its fibres after the other modes are whitened, by the bases Q and
+        the eigenvalues max(diag(Q^T GG Q), eps) of the step before. GG starts at 0.1 I, and its averages are plain,
+        because debiasing would throw this start away.
     stop_gradient: keep derivatives from going through the bases. By default hypergradients are exact; but a covariance
         of deficient rank (rows > steps * columns, dead units) has no derivative, and they may be inf or NaN there.
 
@@ -88,13 +98,62 @@ def scale_by_soap(
     Raises ValueError or TypeError for a Python number or choice outside its range.
     """
     check_adam(beta1, beta2, eps)
+    check_flag("kl", kl)
+    rule = inner_rule(inner, beta1, beta2, eps, correct_bias, slow_beta, alpha)
+
+    def step(x: Tensor, s: Stacks, weights: Sequence[Tensor]) -> tuple[Tensor, Stacks]:
+        qs = [s.get(f"Q_{d}") for d in range(x.ndim - 1)]
+        u, moments = rule.step(bases.project(x, qs), s, weights)
+        return bases.project_back(u, qs), moments
+
+    return in_eigenbases(
+        "scale_by_soap",
+        rule._replace(step=step),
+        shampoo_beta,
+        eps if kl else None,
+        precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+        merge_dims=merge_dims,
+        precondition_1d=precondition_1d,
+        normalize_grads=normalize_grads,
+        data_format=data_format,
+        split=split,
+        use_precond_schedule=use_precond_schedule,
+        precond_scheduler=precond_scheduler,
+        seed=seed,
+        stop_gradient=stop_gradient,
+        refresh_phase=refresh_phase,
+    )
+
+
+def in_eigenbases(
+    name: str,
+    rule: Inner,
+    shampoo_beta: Number,
+    kl_eps: float | Tensor | None,
+    *,
+    precondition_frequency: int | Tensor,
+    max_precond_dim: int,
+    merge_dims: bool,
+    precondition_1d: bool,
+    normalize_grads: bool,
+    data_format: str,
+    split: bool,
+    use_precond_schedule: bool,
+    precond_scheduler: Sequence[float],
+    seed: int | Tensor,
+    stop_gradient: bool,
+    refresh_phase: int,
+) -> Transform:
+    """A rule on stacks that are given with their covariances, as this step leaves them, and with the bases that the
+    step before left. kl_eps: fit as with `kl`, eigenvalues at least this. The others: see `scale_by_soap`."""
     check_number("shampoo_beta", shampoo_beta, 0, 1, open_high=True)
-    _check_choices(precondition_frequency, max_precond_dim, data_format, inner, precond_scheduler)
+    _check_choices(precondition_frequency, max_precond_dim, data_format, precond_scheduler)
     check_int("refresh_phase", refresh_phase, 0)
     if use_precond_schedule and refresh_phase:
         raise ValueError(f"refresh_phase={refresh_phase}: expected 0 with use_precond_schedule=True")
     due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None, refresh_phase)
-    first, again = partial(_first, stop_gradient=stop_gradient), partial(_again, stop_gradient=stop_gradient)
+    first, again = partial(_first, stop_gradient=stop_gradient), partial(_again, rule, stop_gradient=stop_gradient)
 
     def plan(params: Flat) -> dict[str, Bucket]:
         return buckets.plan(
@@ -111,20 +170,33 @@ def scale_by_soap(
         return [d for d, size in enumerate(bucket.shape) if 1 < size <= max_precond_dim]
 
     def init(params: Leaves) -> State:
-        state: State = {"count": count_zeros(params), "exp_avg": {}, "exp_avg_sq": {}}
+        state: State = {"count": count_zeros(params), **{key: {} for key in rule.moments((0,))}}
         if use_precond_schedule and params:
             state["key"] = random.key(seed, next(iter(params.values())).device)
         for name, bucket in plan(params).items():
             k, like = len(bucket.blocks), params[bucket.paths[0]]
             zeros = partial(torch.zeros, dtype=compute_dtype(like), device=like.device)
-            state["exp_avg"][name] = zeros(k, *bucket.shape)
-            state["exp_avg_sq"][name] = zeros(k, *bucket.shape)
+            for key in rule.moments(modes(bucket)):
+                state.setdefault(key, {})[name] = zeros(k, *bucket.shape)
             for d in modes(bucket):
                 size = bucket.shape[d]
                 eye = torch.eye(size, dtype=compute_dtype(like), device=like.device)
-                state.setdefault(f"GG_{d}", {})[name] = zeros(k, size, size)
+                start = zeros(k, size, size) if kl_eps is None else (KL_START * eye).repeat(k, 1, 1)
+                state.setdefault(f"GG_{d}", {})[name] = start
                 state.setdefault(f"Q_{d}", {})[name] = eye.repeat(k, 1, 1)
         return state
+
+    def covariances(x: Tensor, s: Stacks, weight: Tensor, factored: Sequence[int]) -> Stacks:
+        """Those of one bucket, moved by the weight of x in them."""
+        order = x.ndim - 1
+        if kl_eps is None:
+            new = {f"GG_{d}": bases.outer_product(x, d, order) for d in factored}
+        else:
+            qs = [s.get(f"Q_{d}") for d in range(order)]
+            values = [eigenvalues(q, s[f"GG_{d}"], kl_eps) if q is not None else None for d, q in enumerate(qs)]
+            found = bases.whitened_outer_products(x, qs, values)
+            new = {f"GG_{d}": gg for d, gg in enumerate(found) if gg is not None}
+        return {key: ema(s[key], gg, along(weight, gg)) for key, gg in new.items()}
 
     def update(
         state: State, updates: dict[str, Tensor], params: Leaves, *, refresh: bool | str | None = None
@@ -140,30 +212,30 @@ def scale_by_soap(
         t = torch.stack([count[path] for b in active.values() for path in b.paths if path in updates])
         kinds = [key for key, x in state.items() if isinstance(x, dict) and key != "count"]
         stacks = {n: {key: take(state[key][n], rows[n]) for key in kinds if n in state[key]} for n in active}
-        scalars = _scalars(t, stacks, beta1, beta2, shampoo_beta, correct_bias)
+        scalars = _scalars(t, stacks, rule, shampoo_beta, debias=kl_eps is None)
 
         steps = {}
         for name, bucket in active.items():
-            x, s, (moves, w1, w2, w3) = buckets.stack(bucket, updates), stacks[name], scalars[name]
+            x, s, (moves, *weights, w) = buckets.stack(bucket, updates), stacks[name], scalars[name]
+            gg = covariances(x, s, w, modes(bucket))
             if refresh == "first":
                 steps[name] = torch.zeros_like(x)
-            else:
-                qs = [s.get(f"Q_{d}") for d in range(len(bucket.shape))]
-                u, m, v = _inner_step(inner, bases.project(x, qs), s["exp_avg"], s["exp_avg_sq"], w1, w2, eps)
-                moving = along(moves, x) > 0
-                steps[name] = torch.where(moving, bases.project_back(u, qs), 0)
-                if refresh is None:  # a weight of 0 does not keep an infinite first gradient out
-                    m, v = torch.where(moving, m, s["exp_avg"]), torch.where(moving, v, s["exp_avg_sq"])
-                s = {**s, "exp_avg": m, "exp_avg_sq": v}
-            gg = {f"GG_{d}": bases.outer_product(x, d, len(bucket.shape)) for d in modes(bucket)}
-            stacks[name] = {**s, **{key: ema(s[key], new, along(w3, new)) for key, new in gg.items()}}
+                stacks[name] = {**s, **gg}
+                continue
+            u, moments = rule.step(x, {**s, **gg}, weights)
+            moving = along(moves, x) > 0
+            steps[name] = torch.where(moving, u, 0)
+            if refresh is None:  # a weight of 0 does not keep an infinite first gradient out
+                moments = {key: torch.where(moving, new, s[key]) for key, new in moments.items()}
+            stacks[name] = {**s, **moments, **gg}
 
         if refresh is None:
             stacks = _where(t == 1, first, ("Q_",), stacks)
-            stacks = _where((t > 1) & due(t, state.get("key")), again, ("Q_", "exp_avg"), stacks)
+            changes = ("Q_", *rule.rotated, *rule.permuted)
+            stacks = _where((t > 1) & due(t, state.get("key")), again, changes, stacks)
         elif refresh:
-            rule = first if refresh == "first" else again
-            stacks = {n: {**s, **rule(s)} for n, s in stacks.items()}
+            refreshed = first if refresh == "first" else again
+            stacks = {n: {**s, **refreshed(s)} for n, s in stacks.items()}
 
         stepped = {**updates, **buckets.unstack(active, steps, updates)}
         if normalize_grads:
@@ -172,9 +244,9 @@ def scale_by_soap(
 
     def layout(params: Flat) -> Layout:
         planned = plan(params)
-        moments = ("exp_avg", "exp_avg_sq")
+        factored = {n: modes(bucket) for n, bucket in planned.items()}
         return stacks_layout(
-            planned, lambda n: [*moments, *(f"{x}_{d}" for d in modes(planned[n]) for x in ("GG", "Q"))]
+            planned, lambda n: [*rule.moments(factored[n]), *(f"{x}_{d}" for d in factored[n] for x in ("GG", "Q"))]
         )
 
     def refreshes(state: State) -> RefreshSchedule | None:
@@ -187,7 +259,7 @@ def scale_by_soap(
         return refresh_schedule(frequency, use_precond_schedule, precond_scheduler, seed, key, refresh_phase)
 
     needs = ("refresh",)
-    return matrix_rule(init, update, "scale_by_soap", needs, layout, refreshes=refreshes, first_step_moves=False)
+    return matrix_rule(init, update, name, needs, layout, refreshes=refreshes, first_step_moves=False)
 
 
 def refresh_probability(t: Tensor, power: float = 1 / 3, base: float = 9) -> Tensor:
@@ -243,34 +315,28 @@ def _due(frequency: int | Tensor, scheduler: Sequence[float] | None, phase: int 
 
 
 def _scalars(
-    t: Tensor, stacks: dict[str, Stacks], beta1: Number, beta2: Number, shampoo_beta: Number, correct_bias: bool
+    t: Tensor, stacks: dict[str, Stacks], rule: Inner, shampoo_beta: Number, debias: bool
 ) -> dict[str, list[Tensor]]:
-    """Per bucket, four vectors with an entry per row: is it past its first step; the EMA weights of m, v and GG.
+    """Per bucket, vectors with an entry per row: is it past its first step; the rule's weights; the EMA weight of GG.
 
     Computed once for all rows, behind an opaque operation, see `hbfunc.schedules.per_leaf`.
     """
     n, moves = t.to(torch.float64), t > 1
-    inner = (n - 1).clamp(min=1)
-    weights = [ema_weight(x, inner) if correct_bias else 1 - at(x, inner) for x in (beta1, beta2)]
-    columns = [moves, *[w * moves for w in weights], ema_weight(shampoo_beta, n)]
-    moments = {name: s["exp_avg"] for name, s in stacks.items()}
+    weights = rule.weights((n - 1).clamp(min=1))
+    new = ema_weight(shampoo_beta, n) if debias else torch.ones_like(n) - at(shampoo_beta, n)
+    columns = [moves, *[w * moves for w in weights], new]
+    moments = {name: s[_some(s)] for name, s in stacks.items()}
     dtype = torch.float64 if any(m.dtype == torch.float64 for m in moments.values()) else torch.float32
     table = materialize(torch.stack([c.to(torch.float64) for c in columns]).to(dtype))
     parts = table.split([len(m) for m in moments.values()], dim=1)
     return {name: list(part.to(m.dtype)) for (name, m), part in zip(moments.items(), parts, strict=True)}
 
 
-def _inner_step(
-    inner: str, x: Tensor, m: Tensor, v: Tensor, w1: Tensor, w2: Tensor, eps: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The update and moments of Adam or LaProp."""
-    w1, w2 = along(w1, x), along(w2, x)
-    v = ema(v, x * x, w2)
-    if inner == "laprop":
-        m = ema(m, x / denominator(v, eps), w1)
-        return m, m, v
-    m = ema(m, x, w1)
-    return m / denominator(v, eps), m, v
+def eigenvalues(q: Tensor, gg: Tensor, eps: float | Tensor) -> Tensor:
+    """Estimates of the eigenvalues of a covariance in its basis, at least eps and above 0: [k, n]."""
+    tiny = torch.finfo(gg.dtype).tiny
+    floor = torch.clamp(eps, min=tiny) if isinstance(eps, Tensor) else max(eps, tiny)
+    return torch.clamp(bases.eigenvalues(q, gg), min=in_dtype_of(gg, floor))
 
 
 def _first(s: Stacks, stop_gradient: bool) -> Stacks:
@@ -282,18 +348,22 @@ def _first(s: Stacks, stop_gradient: bool) -> Stacks:
     }
 
 
-def _again(s: Stacks, stop_gradient: bool) -> Stacks:
-    """The bases after one orthogonal iteration; m rotated from the old ones to the new, v permuted with the columns."""
-    m, v = s["exp_avg"], s["exp_avg_sq"]
-    old: list[Tensor | None] = [s.get(f"Q_{d}") for d in range(m.ndim - 1)]
-    new = list(old)
-    for d, q in enumerate(old):
-        if q is not None:
-            gg = s[f"GG_{d}"]
-            new[d], order = bases.refresh(q, gg.detach() if stop_gradient else gg)
-            v = v.gather(d + 1, order.reshape(len(m), *(1,) * d, -1, *(1,) * (m.ndim - 2 - d)).expand_as(v))
-    m = bases.project(bases.project_back(m, old), new)
-    return {**{f"Q_{d}": q for d, q in enumerate(new) if q is not None}, "exp_avg": m, "exp_avg_sq": v}
+def _again(rule: Inner, s: Stacks, stop_gradient: bool) -> Stacks:
+    """The bases after one orthogonal iteration; averages of updates rotated from the old ones to the new, those of
+    squares permuted with the columns."""
+    old = {int(key[2:]): q for key, q in s.items() if key.startswith("Q_")}
+    new, moments = {}, {key: s[key] for key in (*rule.rotated, *rule.permuted)}
+    for d, q in old.items():
+        gg = s[f"GG_{d}"]
+        new[d], columns = bases.refresh(q, gg.detach() if stop_gradient else gg)
+        for key in rule.permuted:
+            v = moments[key]
+            index = columns.reshape(len(v), *(1,) * d, -1, *(1,) * (v.ndim - 2 - d))
+            moments[key] = v.gather(d + 1, index.expand_as(v))
+    for key in rule.rotated:
+        before, now = ([qs.get(d) for d in range(moments[key].ndim - 1)] for qs in (old, new))
+        moments[key] = bases.project(bases.project_back(moments[key], before), now)
+    return {**{f"Q_{d}": q for d, q in new.items()}, **moments}
 
 
 def _where(
@@ -308,7 +378,7 @@ def _where(
     read = [*changed, *[(n, key) for n, key in stacked if key.startswith("GG_")]]
     if not changed:
         return stacks
-    sizes = [len(s["exp_avg"]) for s in stacks.values()]
+    sizes = [len(s[_some(s)]) for s in stacks.values()]
 
     def then(rows: Tensor, *values: Tensor) -> list[Tensor]:
         marked = dict(zip(stacks, rows.split(sizes), strict=True))
@@ -326,6 +396,11 @@ def _where(
     for (n, key), x in zip(changed, values, strict=True):
         new[n][key] = x
     return new
+
+
+def _some(s: Stacks) -> str:
+    """The key of one of the stacks of a bucket; a state of other shapes has none, and no stack of what is returned."""
+    return next(iter(s), "stack")
 
 
 def _or_regular(rows: Tensor, gg: Tensor) -> Tensor:
@@ -346,7 +421,7 @@ def _put(state: State, new: dict[str, Stacks], rows: dict[str, Rows]) -> dict[st
     return stacks
 
 
-def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, inner: str, scheduler: Any) -> None:
+def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, scheduler: Any) -> None:
     if isinstance(frequency, Tensor) and (frequency.ndim or frequency.is_complex()):
         kind = f"{frequency.dtype} of shape {tuple(frequency.shape)}"  # sweeps bring whole numbers in float64
         raise ValueError(f"precondition_frequency is {kind}, expected a 0-dim real tensor")
@@ -354,7 +429,6 @@ def _check_choices(frequency: Any, max_precond_dim: Any, data_format: str, inner
         check_int("precondition_frequency", frequency, 1)
     check_int("max_precond_dim", max_precond_dim, 1)
     check_choice("data_format", data_format, ("channels_first", "channels_last"))
-    check_choice("inner", inner, ("adam", "laprop"))
     if not isinstance(scheduler, Sequence) or isinstance(scheduler, str) or len(scheduler) != 2:
         raise ValueError(f"precond_scheduler={short(scheduler)}: expected two numbers, power and base")
     for number in scheduler:
