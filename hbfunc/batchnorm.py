@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from hbfunc.internals import BatchNorm
 
 
 def recompute_batchnorm(
@@ -35,7 +36,7 @@ def recompute_batchnorm(
     forward: called in place of model(batch), with a model that computes with `params`, and the batch as it is.
     Raises ValueError without a batch, and leaves the statistics as they were if anything raises.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     before = [(m, m.training, m.momentum, {k: x.clone() for k, x in m.named_buffers()}) for m in norms]
     run = forward or (lambda model, batch: model(batch[0] if isinstance(batch, (tuple, list)) else batch))
     used = model if params is None else _With(model, params)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hbfunc.internals import interpreter
+
 Side = Callable[..., Sequence[Tensor]]
 
 
@@ -36,7 +38,7 @@ def branch(condition: Tensor, then: Side, otherwise: Side, operands: Sequence[Te
 @torch.compiler.assume_constant_result
 def mapped() -> bool:
     """Whether a function transform (`torch.vmap`, `torch.func.grad`, ...) is at work, also while tracing."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return interpreter() is not None
 
 
 def _owned(side: Side) -> Callable[..., tuple[Tensor, ...]]:

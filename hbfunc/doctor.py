@@ -24,6 +24,7 @@ from torch import Tensor
 import hbfunc
 from hbfunc import utils
 from hbfunc.forms import short
+from hbfunc.internals import MISSING, cpp_compiler
 from hbfunc.optimizers.base import OPTIMIZERS
 
 _PACKAGES = ("torch", "numpy", "optree", "triton", "heavyball", "schedulefree", "optuna", "accelerate", "lightning")
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def versions() -> Iterator[tuple[str, str]]:
     """Of Python and of what hbfunc meets."""
     yield "hbfunc", hbfunc.__version__
+    yield "internals", f"missing from this torch: {', '.join(MISSING)}" if MISSING else "all that are used are there"
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -65,9 +67,7 @@ def versions() -> Iterator[tuple[str, str]]:
 def compiler() -> Iterator[tuple[str, str]]:
     """What torch.compile compiles with."""
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        yield "C++", str(get_cpp_compiler())
+        yield "C++", cpp_compiler()
     except Exception as error:  # none, and torch has several ways to say so
         yield "C++", f"none found ({type(error).__name__}): hbfunc.utils.compile_mode = None steps without"
     yield "triton", "found" if importlib.util.find_spec("triton") else "none, needed on CUDA only"

@@ -26,11 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from hbfunc.internals import functorch, pytree
 from hbfunc.sweep.lane import Lane, Metrics, Refresh, Step, hyper, with_hyper
-
-_functorch = torch._C._functorch
 
 
 def unroll(
@@ -54,6 +52,8 @@ def unroll(
     total = len(batches)
     if not total or (checkpoint_every is not None and checkpoint_every < 1):
         raise ValueError(f"{total} batches, checkpoint_every={checkpoint_every}: expected positive numbers")
+    if checkpoint_every is not None and functorch is None:
+        raise RuntimeError(f"checkpoint_every={checkpoint_every}: this version of torch cannot do it, expected None")
 
     def segment(start: int) -> Callable[[Lane, Sequence[Any]], tuple[Lane, Metrics]]:
         def steps(lane: Lane, batches: Sequence[Any]) -> tuple[Lane, Metrics]:
@@ -127,7 +127,7 @@ def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            saved = [_functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]  # the transform may have ended
+            saved = [functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]  # the transform may have ended
             again = _differentiated_again(ctx.saved_tensors, grads)
 
             def moved(*xs: Tensor) -> list[Tensor]:
@@ -149,9 +149,9 @@ class _NothingCaptured(TorchFunctionMode):
     """Raises ValueError where a computation meets a tensor that an enclosing torch.func transform differentiates by."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        now = max([level.level() for level in _functorch.get_interpreter_stack() or []], default=0)
+        now = max([level.level() for level in functorch.get_interpreter_stack() or []], default=0)
         for x in pytree.tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and _functorch.is_gradtrackingtensor(x) and _functorch.maybe_get_level(x) > now:
+            if isinstance(x, Tensor) and functorch.is_gradtrackingtensor(x) and functorch.maybe_get_level(x) > now:
                 raise ValueError(
                     "a checkpointed function has captured a tensor to differentiate by: pass it in the lane"
                 )
@@ -173,8 +173,8 @@ def _differentiated_again(saved: Sequence[Tensor], grads: Sequence[Tensor]) -> b
 def _tracked(x: Tensor) -> list[tuple[int, bool]]:
     """For each transform that differentiates, inside first: its level, and whether it tracks x. 0: plain autograd."""
     layers = []
-    while _functorch.is_functorch_wrapped_tensor(x):
-        if _functorch.is_gradtrackingtensor(x):
-            layers.append((_functorch.maybe_get_level(x), x.requires_grad))
-        x = _functorch.get_unwrapped(x)
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            layers.append((functorch.maybe_get_level(x), x.requires_grad))
+        x = functorch.get_unwrapped(x)
     return [*layers, (0, x.requires_grad)]

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.internals import dispatch_modes
+
 Word = Any  # an unsigned 32-bit word, [0, 2**32): a Python int or an int64 tensor
 
 _MASK = 0xFFFFFFFF
@@ -78,7 +80,7 @@ def fold_in_each(key: Tensor, data: Tensor, names: Sequence[str]) -> Tensor:
 def _hashes(names: tuple[str, ...], device: torch.device) -> Tensor:
     """`hash_name` of each, int64 [n]: made once, for a step is not to wait for a copy from the host, and part of a
     compiled graph."""
-    if torch._C._len_torch_dispatch_stack():  # a mode may make tensors that are no use outside of it
+    if dispatch_modes():  # a mode may make tensors that are no use outside of it
         return _hashed(names, device)
     with torch.inference_mode(False):
         return _known(names, device)

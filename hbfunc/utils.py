@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hbfunc.combinators import caution as caution_
 from hbfunc.contract import apply_updates, chain
+from hbfunc.internals import graph_task
 from hbfunc.transforms import clipping
 from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 
@@ -184,8 +185,8 @@ def fused_hook(parameters: Iterable[Any], optimizer: Callable[..., Any], *args: 
 
     def arrived(p: Tensor) -> None:
         # An error may have ended the last pass, callback and all: so every pass has a callback of its own.
-        if passes[-1] != torch._C._current_graph_task_id():
-            passes[-1] = torch._C._current_graph_task_id()
+        if passes[-1] != graph_task():
+            passes[-1] = graph_task()
             torch.autograd.Variable._execution_engine.queue_callback(ended)
         if p in seen and seen[p]() is p.grad:
             repeated.append(True)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from hbfunc import utils
@@ -18,6 +17,7 @@ from hbfunc.chainable.rules import Face, ScheduleFreeFace, agreeing, decayed, en
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.contract import Transform
 from hbfunc.contract import chain as chain_
+from hbfunc.internals import TorchDynamoException
 from hbfunc.optim.averaged import TrainEval
 from hbfunc.optim.groups import use_default
 from hbfunc.optim.scheduled import with_schedules
@@ -158,7 +158,7 @@ class ChainOpt(StatefulOptimizer):
     def advance(self, unit: Unit, decision: Any, products: list[Tensor] | None, rehearse: bool = False) -> None:
         try:
             super().advance(unit, decision, products, rehearse)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             names = [part.name for part in parts_of(self.fns) if part.own]
             if not names:
                 raise

@@ -20,6 +20,7 @@ from hbfunc.chainable.guards import FunctionTransform, GeneralGuard, Group, Skip
 from hbfunc.chainable.rules import Face, palm_beta2
 from hbfunc.chainable.sides import both_sides, clones, untouched
 from hbfunc.forms import short
+from hbfunc.internals import nonstrict_trace
 from hbfunc.leaves import compute_dtype
 from hbfunc.schedules import at
 from hbfunc.schedules import palm_beta2 as palm_schedule
@@ -111,7 +112,7 @@ def traceable(call: Call) -> Call:
     def plain(inputs: dict[str, Any]) -> dict[str, Any]:
         return call(inputs)
 
-    traced = torch._dynamo.nonstrict_trace(plain)
+    traced = nonstrict_trace(plain)
     return lambda inputs: traced(inputs) if torch.compiler.is_dynamo_compiling() else plain(inputs)
 
 

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.overrides import TorchFunctionMode
 
 from hbfunc.branch import mapped
 from hbfunc.forms import short
+from hbfunc.internals import detect_fake_mode
 
 T = TypeVar("T")
 MAX_QUESTIONS, MAX_PATHS = 16, 64

@@ -15,12 +15,15 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor import list_mode_options
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hbfunc.contract import Transform, own_code
+from hbfunc.internals import (
+    BackendCompilerFailed,
+    current_dispatch_mode,
+    dynamo_config,
+    list_mode_options,
+    source_of,
+)
 from hbfunc.leaves import Layout, Leaves, compute_dtype
 from hbfunc.presence import masked_update
 from hbfunc.tree import Place, nested, places
@@ -183,9 +186,7 @@ def _filtered(own: Set[str], entries: Sequence[Any]) -> list[bool]:
     ours = {f"__import_{name.replace('.', '_dot_')}" for name in sys.modules if name.partition(".")[0] == "hbfunc"}
     checked = []
     for entry in entries:
-        source = entry.orig_guard.originating_source
-        while hasattr(source, "base"):
-            source = source.base
+        source = source_of(entry)
         if entry.is_global:
             name = getattr(source, "global_name", "")
             checked.append(name not in ours and not name.startswith("__builtins_dict__"))
@@ -204,7 +205,7 @@ _FAILURES = ("InvalidCxxCompiler", "CppCompileError", "CUDACompileError", "Trito
 def usable(mode: str | None) -> str | None:
     """The mode in which a step is compiled here and now; None, eagerly, if torch.compile would trace nothing (because
     it is switched off or a TorchDispatchMode is active) or no compiler works."""
-    if mode is None or dynamo_config.disable or _get_current_dispatch_mode() is not None:
+    if mode is None or dynamo_config.disable or current_dispatch_mode() is not None:
         return None
     return None if _lacking and mode not in _UNBUILT else mode
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.internals import foreach_copy
 from hbfunc.leaves import Leaves, compute_dtype
 from hbfunc.optim.state import own_storage
 
@@ -65,7 +66,7 @@ class Joined:
 
     def write(self) -> None:
         """Copy the flat parameters, as they are now, back into the parameters."""
-        torch._foreach_copy_(self.params, self._flat.parts)
+        foreach_copy(self.params, self._flat.parts)
 
     def release(self) -> None:
         """Free the flat copies."""
@@ -142,7 +143,7 @@ class _Buffer:
         if self._vectors and all(x.dtype == self.flat.dtype for x in values):
             torch.cat(values, out=self.flat)  # has less to do per tensor
         else:
-            torch._foreach_copy_(self.parts, values)
+            foreach_copy(self.parts, values)
         return self.flat
 
     def release(self) -> None:

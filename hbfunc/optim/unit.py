@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from hbfunc import utils
 from hbfunc.contract import Flush, RefreshSchedule, Transform
+from hbfunc.internals import FakeTensor
 from hbfunc.leaves import Leaves, compute_dtype
 from hbfunc.optim import skipping
 from hbfunc.optim.compiled import (

@@ -9,10 +9,10 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from hbfunc.contract import RefreshSchedule, Transform
 from hbfunc.exchange import whole
+from hbfunc.internals import FakeTensor
 from hbfunc.leaves import Leaves, State
 from hbfunc.optim import skipping
 from hbfunc.optim.joined import Joined

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from hbfunc.exchange import is_sharded
+from hbfunc.internals import FakeTensor
 from hbfunc.leaves import Leaves, check_dtype
 from hbfunc.optim import sharded
 from hbfunc.optim.compiled import Ready

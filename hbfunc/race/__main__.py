@@ -66,7 +66,7 @@ grid = a_number(
 
 TASK_HELP = (
     "digits: an MLP on scikit-learn's handwritten digits, half a minute; text: a transformer on the source of Python's "
-    "standard library, a quarter of an hour on a CPU (default: digits)"
+    "standard library, six minutes on one CPU thread (default: digits)"
 )
 
 

@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hbfunc import random
 from hbfunc.contract import Transform, own_code
+from hbfunc.internals import pytree
 from hbfunc.leaves import Tree
 from hbfunc.sweep import designs, links
 from hbfunc.sweep.lane import (

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hbfunc import random
 from hbfunc.contract import Transform, apply_updates
+from hbfunc.internals import pytree
 from hbfunc.leaves import Tree
 from hbfunc.sweep import links
 from hbfunc.tree import replaced, value_at

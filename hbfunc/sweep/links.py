@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from hbfunc.contract import Transform
+from hbfunc.internals import pytree
 from hbfunc.leaves import State, Tree
 from hbfunc.tree import Place, hyper_names, hyper_places, places, replaced
 

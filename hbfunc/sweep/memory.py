@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hbfunc.internals import TorchDispatchMode, pytree
 
 
 class PeakBytes(TorchDispatchMode):

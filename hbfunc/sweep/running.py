@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from hbfunc.internals import pytree
 from hbfunc.leaves import Tree
 from hbfunc.sweep import designs, memory
 from hbfunc.sweep.engine import check_batch, init, vectorize

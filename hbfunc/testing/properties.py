@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from hbfunc.contract import apply_updates
+from hbfunc.internals import graph_counters as counters
 from hbfunc.testing.cases import Case, Grads, Params
 from hbfunc.testing.trees import (
     STEPS,
@@ -113,7 +113,7 @@ def compiles_once(case: Case) -> None:
 
     In float32: 0-dim float64 inputs make dynamo trace everything twice.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     update = torch.compile(case.transform.update, fullgraph=True, backend="aot_eager", dynamic=False)
     graphs = counters["stats"]["unique_graphs"]
     params = cast(torch.float32, case.params)
@@ -126,7 +126,7 @@ def compiles_once(case: Case) -> None:
         assert_close(got_after, after, f"step {t}, state")
         params, state = apply_updates(params, want), after
     graphs = counters["stats"]["unique_graphs"] - graphs
-    torch._dynamo.reset()
+    torch.compiler.reset()
     static = len({repr(sorted(case.extras(t).items())) for t in range(1, 5)})
     assert graphs == static, f"{graphs} graphs over 4 steps with changing hyperparameters, expected {static}"
 
