@@ -73,14 +73,17 @@ class Transform(NamedTuple):
         may change its updates), "flush" (whether gradients that are being gathered are applied now, or a `Flush`; see
         `accumulate`), "present" (by path, 0-dim bools: which updates are real, and not zeros in the place of none; or
         None, all are), "rate" (a factor of the learning rates inside that are no hyperparameters of the state, or
-        None).
+        None), "total" (from sums of squares by path to the sum over all leaves that are stepped together, here and
+        elsewhere; or None, these are all), "decays" (paths of the leaves that weight decay is for; or None, the field
+        below says it), "value" (the loss of this step, a 0-dim tensor).
     layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
         down to the stacks, of tuples of paths (one per row). None: the state has no stacks.
     elementwise: in float32 and float64, an entry of an update depends on no other entry, nor on where it is or what its
         leaf is called. So leaves with equal counts may be cut, joined and sharded, and give the same numbers; and a
         complex leaf is one of real numbers, as in torch.optim.
     leafwise: an update of a leaf depends on no other leaf, so that each may be computed on another machine. All that is
-        elementwise is leafwise.
+        elementwise is leafwise. Both hold but for the extras "total" and "decays": who cuts, joins or parts leaves has
+        to give them.
     refreshes: what `refresh=None` decides, known outside of the graph: state -> schedule, a function of a leaf's own
         step t. Of the state it reads keys and hyperparameters only, which may be CPU copies or Python numbers. None,
         or a schedule of None: nobody knows it but the graph.
@@ -92,6 +95,7 @@ class Transform(NamedTuple):
         one behind whatever follows, and this one, which is told by "last", leaves it to that.
     every_call: `update` counts its calls or follows the parameters: it is to be called at every step, also when no leaf
         has a gradient, and may then move leaves that had one before.
+    decays: which leaves weight decay is for, a function (path, parameter) -> bool; None, all are.
     made: how it was made, which is what pickle stores in place of functions inside of functions; see `remembered`.
     """
 
@@ -107,6 +111,7 @@ class Transform(NamedTuple):
     steps: bool | Callable[[Flat], Collection[str]] = False
     rounding: Callable[[], Transform] | None = None
     every_call: bool = False
+    decays: Callable[[str, Tensor], bool] | None = None
     made: Made | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -320,7 +325,9 @@ def parallel(*transforms: Transform, name: str) -> Transform:
 
 def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -> Transform:
     names = _unique([t.name for t in transforms])
-    needs = tuple(sorted({need for t in transforms for need in t.needs}))
+    # What is told of one sum of squares, or one choice of leaves, is not true of another's.
+    twice = {need for need in ("total", "decays") if sum(need in t.needs for t in transforms) > 1}
+    needs = tuple(sorted({need for t in transforms for need in t.needs} - twice))
     asked = [any("steps" in t.needs for t in transforms[i:]) for i in range(1, len(transforms) + 1)]  # by those behind
 
     def init(params: Leaves) -> State:
@@ -340,9 +347,13 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         flush: Flush | bool | Tensor | None = None,
         present: Flat | None = None,
         rate: Tensor | None = None,
+        total: Callable[[Flat], Tensor] | None = None,
+        decays: Collection[str] | None = None,
+        value: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         extras: dict[str, Any] = {"grads": updates if grads is None else grads, "refresh": refresh}
-        extras |= {"curvature": curvature, "steps": steps, "flush": flush, "rate": rate}
+        extras |= {"curvature": curvature, "steps": steps, "flush": flush, "rate": rate, "value": value}
+        extras |= {"total": None if "total" in twice else total, "decays": None if "decays" in twice else decays}
         new = {}
         for i, (n, t) in enumerate(zip(names, transforms, strict=True)):
             extras["last"] = last and (parallel or i == len(transforms) - 1)
@@ -366,7 +377,8 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
     def refreshes(state: State) -> RefreshSchedule | None:
         return agreed([None if r is None else r(state.get(n, {})) for n, r in scheduled])
 
-    elementwise, leafwise = all(t.elementwise for t in transforms), all(t.leafwise for t in transforms)
+    elementwise = all(t.elementwise for t in transforms) and not twice
+    leafwise = all(t.leafwise for t in transforms) and "total" not in twice
     stacked = any(t.layout for t in transforms)
     rounding = next((t.rounding for t in reversed(transforms) if t.rounding is not None), None)
     return transform(init, update, name, needs, layout if stacked else None, elementwise, leafwise)._replace(
@@ -375,6 +387,7 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         steps=_any_steps(transforms),
         rounding=rounding,
         every_call=any(t.every_call for t in transforms),
+        decays=None if twice else next((t.decays for t in transforms if t.decays is not None), None),
     )
 
 

@@ -100,6 +100,41 @@ def hold_everywhere(flags: Mapping[str, Tensor], of: Mapping[str, Any]) -> dict[
     return held
 
 
+def sum_everywhere(values: Mapping[str, Tensor], of: Mapping[str, Any]) -> Tensor:
+    """The sum of 0-dim numbers about some tensors: of plain ones as they are, of DTensors as DTensors. On the device
+    of the first, in float64 where one of them is. One reduction by mesh."""
+    whole: list[Tensor] = []
+    meshes: dict[Any, list[Tensor]] = {}
+    for k, x in values.items():
+        if is_sharded(x):
+            here = x.to_local()  # type: ignore[attr-defined]
+            meshes.setdefault(of[k].device_mesh, []).append(here / holders(x) if holders(x) > 1 else here)
+        else:
+            whole.append(x)
+    return summed([*whole, *(over_ranks(summed(here), mesh) for mesh, here in meshes.items())])
+
+
+def holders(x: Any) -> int:
+    """How many ranks have the same of a tensor: of a DTensor, those along whose dims of the mesh it is replicated."""
+    if not is_sharded(x):
+        return 1
+    sizes = zip(x.device_mesh.mesh.shape, x.placements, strict=True)
+    return math.prod(n for n, placement in sizes if placement.is_replicate())
+
+
+def over_ranks(x: Tensor, mesh: Any) -> Tensor:
+    """The sum of what the ranks of a mesh have."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(x, mesh, [Partial("sum")] * mesh.ndim, run_check=False).full_tensor()
+
+
+def summed(numbers: Sequence[Tensor]) -> Tensor:
+    """The sum of 0-dim tensors, on the device of the first, in float64 where one of them is."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in numbers) else torch.float32
+    return torch.stack([x.to(numbers[0].device, dtype) for x in numbers]).sum()
+
+
 class Box(NamedTuple):
     """A box inside a tensor."""
 

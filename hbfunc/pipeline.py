@@ -1,6 +1,6 @@
 """What every recipe is made of besides its rule: one pipeline for all. A step is, in order,
 
-    g -> MARS -> gradient_clipping -> rule -> update_clipping -> caution -> p * (1 - lr * weight_decay) - lr * u
+    g -> MARS -> max_grad_norm -> gradient_clipping -> rule -> update_clipping -> caution -> p - lr * (u + weight_decay * p)
 
     @recipe
     def lion(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **common):
@@ -27,10 +27,11 @@ from hbfunc.contract import Transform, chain, remembered
 from hbfunc.forms import short
 from hbfunc.parametric import ParametricSchedule, check_schedule_number, is_schedule_value
 from hbfunc.precision import round_to_parameters, with_storage
-from hbfunc.ranges import check_number
-from hbfunc.schedules import Number, after_first, palm_beta2, warmup
+from hbfunc.ranges import check_choice, check_number
+from hbfunc.schedules import Number, after_first, palm_beta2, per_peak, warmup
 from hbfunc.transforms.clipping import Clip, clip_by
-from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
+from hbfunc.transforms.norms import clip_by_global_norm
+from hbfunc.transforms.steps import Mask, add_decayed_weights, scale_by_learning_rate
 
 Clipping = str | Clip | Transform | None
 Betas = Sequence[Number]
@@ -42,7 +43,8 @@ SCHEDULES = (  # the numbers that may be functions of the step
 _INF = float("inf")
 RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     **dict.fromkeys(("lr", "eps", "weight_decay", "mars_gamma", "beta2_scale", "precond_lr"), (0, _INF, False, True)),
-    **dict.fromkeys(("clip_exp", "alpha"), (0, _INF, False, True)),
+    **dict.fromkeys(("clip_exp", "alpha", "lr_peak"), (0, _INF, False, True)),
+    "max_grad_norm": (0, _INF, True, False),
     "warmup_steps": (0, _INF, False, True),
     **dict.fromkeys(("beta", "beta1", "beta2", "beta3", "momentum", "shampoo_beta", "slow_beta"), (0, 1, False, True)),
     "dampening": (0, 1, False, False),
@@ -70,6 +72,11 @@ class Common(TypedDict, total=False):
     palm: bool
     beta2_scale: float | Tensor
     caution_scaling: bool
+    max_grad_norm: float | Tensor | None
+    decay: str
+    lr_peak: float | Tensor | None
+    decay_mask: Mask
+    cautious_weight_decay: bool
     seed: int | Tensor
 
 
@@ -90,6 +97,11 @@ def around(
     palm: bool = False,
     beta2_scale: float | Tensor = 0.8,
     caution_scaling: bool = True,
+    max_grad_norm: float | Tensor | None = None,
+    decay: str = "coupled",
+    lr_peak: float | Tensor | None = None,
+    decay_mask: Mask = None,
+    cautious_weight_decay: bool = False,
     seed: int | Tensor = 0,
     tail: Callable[..., Transform] | None = None,
     steps: bool = False,
@@ -101,7 +113,16 @@ def around(
     lr: learning rate, a number or a function of the step.
     warmup_steps: above 0, steps over which the rate rises to lr: lr * min(1, t / warmup_steps).
     betas: decays of the first and second moment; in the state, and to the rule, beta1 and beta2.
-    weight_decay: decoupled, scaled by the same rate. Where the rule's first step moves nothing, neither does decay.
+    weight_decay: decoupled. Where the rule's first step moves nothing, neither does decay.
+    decay: how it goes with the learning rate lr_t of the step: "coupled", lr_t * weight_decay; "adamc", that times
+        lr_t / lr_peak (Defazio 2025, arXiv 2506.02285); "independent", weight_decay * lr_t / lr_peak, which is as large
+        for every lr (Loshchilov & Hutter 2019).
+    lr_peak: the largest learning rate of the run; None takes lr, before the warmup.
+    decay_mask: which leaves decay, a function (path, parameter) -> bool such as `no_decay_for_vectors`, or a tree of
+        bools; None, all of them.
+    cautious_weight_decay: decay only the entries with u * p >= 0 (Chen et al. 2025, arXiv 2510.12402).
+    max_grad_norm: the gradients of all leaves together are shrunk to this norm, see `clip_by_global_norm`; None does
+        not. It comes behind MARS and before all else.
     storage_dtype: of what is kept: "float32" (float64 for float64 parameters), "bfloat16", stochastically rounded, or
         "float64".
     mars, mars_gamma: variance-reduced gradients. caution: drop the updates that go against the gradient;
@@ -121,6 +142,8 @@ def around(
     Raises ValueError for a number outside its range, TypeError for a flag that is no bool.
     """
     check_flags(mars=mars, caution=caution, palm=palm, caution_scaling=caution_scaling)
+    check_flags(cautious_weight_decay=cautious_weight_decay)
+    check_decay(name, decay, lr, lr_peak, steps)
     named = all(clip is None or isinstance(clip, str) for clip in (gradient_clipping, update_clipping))
     if keeps_signs and caution is True and mars is False and named:
         warnings.warn(
@@ -134,6 +157,7 @@ def around(
         raise TypeError(f"palm={short(palm)}: {name} has no second moment, expected False")
     numbers |= {k: v for k, v in options.items() if k in RANGES and v is not None}
     numbers |= {"weight_decay": weight_decay, "mars_gamma": mars_gamma}
+    numbers |= {k: v for k, v in {"max_grad_norm": max_grad_norm, "lr_peak": lr_peak}.items() if v is not None}
     if betas is not None:
         numbers["beta2_scale"] = beta2_scale
     numbers = {k: number(k, v) for k, v in numbers.items()} | {
@@ -141,23 +165,35 @@ def around(
     }
     choices = {k: v for k, v in options.items() if k not in numbers}
 
-    def whole(lr: Number, weight_decay: Number, mars_gamma: Any, beta2_scale: Any = None, **more: Any) -> Transform:
+    def whole(
+        lr: Number,
+        weight_decay: Number,
+        mars_gamma: Any,
+        beta2_scale: Any = None,
+        max_grad_norm: Any = None,
+        lr_peak: Any = None,
+        **more: Any,
+    ) -> Transform:
         more = {**choices, **more}
         momentum = more.get("beta1", more.get("beta", more.get("momentum")))
         if palm:
             more["beta2"] = palm_beta2(beta2_scale)
         rate, behind = warmup(lr, warmup_steps), after(update_clipping, caution, caution_scaling)
+        if decay != "coupled":
+            peak = lr if lr_peak is None else lr_peak
+            weight_decay = per_peak(weight_decay, rate if decay == "adamc" else 1.0, peak)
         if steps:
-            inside = chain(*behind, add_decayed_weights(weight_decay), name="behind")
+            inside = chain(*behind, add_decayed_weights(weight_decay, decay_mask, cautious_weight_decay), name="behind")
             middle = [rule(rate, inside, **more)]
         else:
             scaled = rule(**more)
-            decay = add_decayed_weights(weight_decay if scaled.first_step_moves else after_first(weight_decay))
+            amount = weight_decay if scaled.first_step_moves else after_first(weight_decay)
+            shrink = add_decayed_weights(amount, decay_mask, cautious_weight_decay)
             step = scale_by_learning_rate(rate) if tail is None else tail(rate, **more)
-            middle = [scaled, *behind, decay, step]
+            middle = [scaled, *behind, shrink, step]
         return with_storage(
             chain(
-                *before(mars, mars_gamma, momentum, gradient_clipping),
+                *before(mars, mars_gamma, momentum, gradient_clipping, max_grad_norm),
                 *middle,
                 round_to_parameters(seed),
                 name=name,
@@ -169,11 +205,14 @@ def around(
     return with_hyperparameters(whole, **numbers)
 
 
-def before(mars: bool, mars_gamma: Any, beta1: Any, gradient_clipping: Clipping) -> list[Transform]:
+def before(
+    mars: bool, mars_gamma: Any, beta1: Any, gradient_clipping: Clipping, max_grad_norm: Any = None
+) -> list[Transform]:
     """What comes between the raw gradient and the rule."""
     if mars and (callable(beta1) or beta1 is None):
         raise TypeError(f"beta1={short(beta1)}: MARS needs a number, not a schedule")
-    clip = [clip_by(gradient_clipping, "gradient_clipping")] if gradient_clipping is not None else []
+    clip = [] if max_grad_norm is None else [clip_by_global_norm(max_grad_norm)]
+    clip += [clip_by(gradient_clipping, "gradient_clipping")] if gradient_clipping is not None else []
     return [mars_correction(mars_gamma, beta1), *clip] if mars else clip
 
 
@@ -283,6 +322,18 @@ def check_value(name: str, value: Any) -> None:
         return
     low, high, open_low, open_high = RANGES.get(name, (-_INF, _INF, True, True))
     check_number(name, value, low, high, open_low=open_low, open_high=open_high)
+
+
+def check_decay(name: str, decay: Any, lr: Number, lr_peak: Any, finds_rate: bool) -> None:
+    """Raise ValueError for an unknown `decay`, and TypeError where a recipe cannot have it."""
+    check_choice("decay", decay, ("coupled", "adamc", "independent"))
+    if decay == "coupled":
+        if lr_peak is not None:
+            raise TypeError(f"lr_peak={short(lr_peak)} has no effect with decay='coupled': leave it out")
+    elif callable(lr) and lr_peak is None:
+        raise TypeError(f"decay={decay!r} with lr={short(lr)}, a schedule, whose peak nobody knows: expected lr_peak too")
+    if decay == "independent" and finds_rate:
+        raise TypeError(f"decay='independent' in {name}, which finds its learning rate: expected 'coupled' or 'adamc'")
 
 
 def check_flags(**flags: Any) -> None:

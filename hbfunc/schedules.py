@@ -121,6 +121,17 @@ def after_first(value: Number) -> Schedule:
     return lambda t: torch.where(t > 1, at(value, t), torch.zeros_like(t))
 
 
+def per_peak(value: Number, rate: Number, peak: float | Tensor) -> Number:
+    """value * rate / peak, for a decay that follows the learning rate; 0 for a peak of 0, where nothing moves."""
+    if isinstance(peak, Tensor):
+        inverse: float | Tensor = torch.where(peak > 0, 1 / torch.where(peak > 0, peak, 1.0), 0.0)
+    else:
+        inverse = 1 / peak if peak > 0 else 0.0
+    if callable(value) or callable(rate):
+        return lambda t: at(value, t) * at(rate, t) * on_device_of(t, inverse)
+    return value * rate * inverse
+
+
 def ema_weight(beta: Number, t: Tensor) -> Tensor:
     """Weight of the newest sample in an exponential average that is kept debiased: (1 - beta) / (1 - beta^t).
 

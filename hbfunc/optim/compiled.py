@@ -49,6 +49,7 @@ def in_place_step(
     deferred: bool = False,
     empty: Sequence[Place] = (),
     masked: Layout | None = None,
+    told: Sequence[str] = (),
 ) -> Step:
     """Make the function step(params, grads, tensors, products), which steps parameters and state in place.
 
@@ -58,6 +59,7 @@ def in_place_step(
     deferred: write nothing, and return what would be written.
     masked: the layout of the state, for a step with a mask: the last of `products` is then a vector of bools, which
         parameters among the `present` are to be stepped; the gradients of the others may have any value.
+    told: the extras that are tensors and known to the class only, as "total"; they are at the end of `products`.
 
     Everything is computed before anything is written, so that an error leaves parameters and state as they were.
     """
@@ -67,14 +69,19 @@ def in_place_step(
     ) -> Writes | None:
         leaves = Leaves(zip(paths, params, strict=True))
         flags: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        if told:
+            products, own = products[: -len(told)], products[-len(told) :]
+            numbers = dict(zip(told, own, strict=True))
         if masked is not None:
             *products, mask = products
             flags = dict(zip([paths[i] for i in present], mask.unbind(), strict=True))
         given = {paths[i]: g.to(compute_dtype(params[i])) for i, g in zip(present, grads, strict=True)}
-        more = dict(extras)
+        more = {**extras, **numbers}
+        if "total" in numbers:
+            more["total"] = lambda squares: numbers["total"]
         if curvature:
-            known = zip(present, products, strict=False)
-            product = {paths[i]: h.to(compute_dtype(params[i])) for i, h in known}
+            product = {paths[i]: h.to(compute_dtype(params[i])) for i, h in zip(present, products, strict=False)}
             # A leaf that moves without a gradient of its own (`Transform.every_call`) has no curvature either.
             more["curvature"] = lambda v: {k: product[k] if k in product else torch.zeros_like(x) for k, x in v.items()}
         state = nested(dict(zip(at, tensors, strict=True)), empty)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hbfunc import nonfinite
+from hbfunc.exchange import over_ranks, summed
 from hbfunc.optim import sharded
 from hbfunc.optim.unit import Unit
 from hbfunc.optim.units import Forms, UnitsOfGroups, forms_of
@@ -65,6 +66,30 @@ class Gradients(UnitsOfGroups):
         path = nonfinite.first_nonfinite(named)
         if path is not None:
             raise FloatingPointError(f"{what} of params[{path!r}] has an inf or NaN (nonfinite='raise')")
+
+    def _tell(self, work: list[tuple[dict[str, Any], Unit]], products: list[list[Tensor] | None]) -> None:
+        """Tell the units whose transforms clip by the norm of all leaves its square, over all of them and all ranks; a
+        plain unit alone finds it in its graph."""
+        asking = [(unit, hs) for (_, unit), hs in zip(work, products, strict=True) if "total" in unit.transform.needs]
+        for unit, _ in asking:
+            unit.told.pop("total", None)
+        if not asking or (len(asking) == 1 and not isinstance(asking[0][0], sharded.ShardedUnit)):
+            return
+        sums: dict[Any, list[Tensor]] = {}
+        try:
+            for unit, hs in asking:
+                for mesh, x in unit.squares(hs).items():
+                    sums.setdefault(mesh, []).append(x)
+            if not sums:
+                return
+            total = summed([summed(xs) if mesh is None else over_ranks(summed(xs), mesh) for mesh, xs in sums.items()])
+        except BaseException:
+            for unit, _ in asking:
+                unit.abandon()
+            raise
+        for unit, _ in asking:
+            p = unit.params[0] if unit.params else total
+            unit.told["total"] = total.to(p.device, torch.float64 if unit.double else torch.float32)
 
     def _judge(
         self, work: list[tuple[dict[str, Any], Unit]], products: list[list[Tensor] | None]

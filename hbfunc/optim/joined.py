@@ -150,8 +150,13 @@ class _Buffer:
         self.flat.untyped_storage().resize_(0)
 
 
-def joins(leaves: Leaves, stored: Mapping[str, Mapping[str, Any]]) -> list[Joined]:
-    """Sets of leaves that can be joined: small, with a gradient, of one dtype, and with equal scalars in `stored`."""
+def joins(
+    leaves: Leaves, stored: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, Any] | None = None
+) -> list[Joined]:
+    """Sets of leaves that can be joined: small, with a gradient, of one dtype, and with equal scalars in `stored`.
+
+    kinds: by path, what else has to be equal.
+    """
     groups: dict[Any, list[tuple[int, str]]] = defaultdict(list)
     known = {path: stored[path] for path in leaves if path in stored}
     moments = {k for path, entries in known.items() for k, x in entries.items() if _ndim(x) == leaves[path].ndim > 0}
@@ -161,7 +166,8 @@ def joins(leaves: Leaves, stored: Mapping[str, Mapping[str, Any]]) -> list[Joine
         if plain and p.numel() <= min(_SMALL, room) and p.grad is not None and p.dtype == compute_dtype(p):
             room -= p.numel()
             scalars = {k: x.item() for k, x in known.get(path, {}).items() if k not in moments and _ndim(x) == 0}
-            groups[p.dtype, tuple(sorted(scalars.items()))].append((i, path))
+            kind = None if kinds is None else kinds[path]
+            groups[p.dtype, kind, tuple(sorted(scalars.items()))].append((i, path))
     several = [group for group in groups.values() if len(group) > 1]
     return [
         Joined(f"<joined {n}>", Leaves({path: leaves[path] for _, path in group}), [i for i, _ in group])

@@ -18,6 +18,7 @@ from hbfunc.exchange import (
     local,
     placed_like,
     ranks_of,
+    summed,
     whole,
 )
 from hbfunc.leaves import Leaves
@@ -102,6 +103,16 @@ class OwnedUnit(ShardedUnit):
             shards[k].copy_(x)
         for k in self.everyone:
             self.everyone[k] += k in present
+
+    def squares(self, products: Sequence[Tensor] | None) -> dict[Any, Tensor]:
+        """As the base class, on all ranks, also where this one owns nothing."""
+        if self.collected is None:
+            present = self.with_gradient()
+            moving = self.parameters if self.transform.every_call else present
+            self._collect(present, {k: local(self.parameters[k].detach()) for k in moving}, products)
+        device = next(iter(self.parameters.values())).device
+        mine = self.asked_squares() if self.params else {}
+        return {self.mesh: summed(list(mine.values())) if mine else torch.zeros((), device=device)}
 
     def _collect(
         self, present: Sequence[str], shards: Mapping[str, Tensor], products: Sequence[Tensor] | None

@@ -27,12 +27,14 @@ from hbfunc.contract import Transform
 from hbfunc.exchange import (
     as_shard,
     cost,
+    holders,
     is_sharded,
     local,
     owners,
     placed,
     ranks_of,
     shard_of,
+    summed,
     turn,
     whole,
 )
@@ -137,7 +139,7 @@ class LocalUnit(ShardedUnit):
         joined: list[Joined] = []
         if stored is not None:
             with _gradients(leaves, stand_ins.values()):
-                joined = joins(stand_ins, stored)
+                joined = joins(stand_ins, stored, {k: _kind(transform, k, p) for k, p in leaves.items()})
         super().__init__(transform, stand_ins, leaves, double, nonfinite, joined)
         self.entries = {k: dict(entries) for k, entries in self.views.items()}
         for (k, p), stand_in in zip(leaves.items(), self.params, strict=True):
@@ -160,10 +162,27 @@ class LocalUnit(ShardedUnit):
         with _gradients(self.parameters, self.params):
             return super().whole()
 
+    def squares(self, products: Sequence[Tensor] | None) -> dict[Any, Tensor]:
+        with _gradients(self.parameters, self.params):
+            asked = self.asked_squares()
+        first = {join.path: next(iter(join.members)) for join in self.joined}
+        found: dict[Any, list[Tensor]] = {}
+        for k, x in asked.items():
+            p: Any = self.parameters[first.get(k, k)]
+            found.setdefault(p.device_mesh if is_sharded(p) else None, []).append(x / holders(p) if holders(p) > 1 else x)
+        return {mesh: summed(numbers) for mesh, numbers in found.items()}
+
     def adopt(self, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Adopt values from DTensors, however placed, or whole tensors."""
         check(self.entries, values)
         adopt(self.views, mapped(values, lambda k, n, x: shard_of(x, self.entries[k][n])))
+
+
+def _kind(transform: Transform, path: str, p: Any) -> tuple[Any, ...]:
+    """What has to be equal for shards to be joined: whether they decay, and who has them."""
+    decays = None if transform.decays is None else transform.decays(path, p)
+    placed = (p.device_mesh, holders(p)) if "total" in transform.needs and is_sharded(p) else None
+    return decays, placed
 
 
 @contextmanager
@@ -203,6 +222,11 @@ class GatheredUnit(ShardedUnit):
             raise
         if not rehearse:
             self._drop()
+
+    def squares(self, products: Sequence[Tensor] | None) -> dict[Any, Tensor]:
+        if self.collected is None:
+            self._collect()
+        return super().squares(products)
 
     def _collect(self) -> None:
         self.collected = {}

@@ -13,9 +13,10 @@ What happens in `step()`:
    of `state` have changed since the last step (units.py).
 4. Numbers of the groups that have changed are checked and written to the hyperparameters in the units' states.
 5. Each unit's schedule decides whether this step refreshes; curvature is asked for its Hessian-vector products.
-6. If there are several units, all are rehearsed: an error comes here, before anything has been written.
-7. Each unit runs its graph, which writes parameters and state in place (unit.py, sharded.py for DTensors).
-8. Averages move, and the gradients that were used are cleared.
+6. Units whose transforms clip by the norm of all parameters are told it (gradients.py).
+7. If there are several units, all are rehearsed: an error comes here, before anything has been written.
+8. Each unit runs its graph, which writes parameters and state in place (unit.py, sharded.py for DTensors).
+9. Averages move, and the gradients that were used are cleared.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         decisions = [not unit.is_meta and unit.due() for group, unit in work]
         products = self.products(work, decisions)
         moved = self._judge(work, products) if policies != {"propagate"} else {}
+        self._tell(work, products)
         steps = list(zip([unit for _, unit in work], decisions, products, strict=True))
         if len(steps) > 1:  # parameters one by one (foreach=False) are so to save memory
             self._rehearse([plan for plan, (group, _) in zip(steps, work, strict=True) if group["foreach"]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hbfunc import utils
 from hbfunc.contract import Flush, RefreshSchedule, Transform
+from hbfunc.exchange import summed
 from hbfunc.internals import FakeTensor
 from hbfunc.leaves import Leaves, compute_dtype
 from hbfunc.optim import skipping
@@ -73,6 +74,8 @@ class Unit(UnitState):
         self.masked = False  # whether others have had one with a mask
         self.masks: dict[tuple[int, ...], Tensor] = {}
         self.pending: Writes | None = None  # what a rehearsal has computed
+        self.told: dict[str, Tensor] = {}  # extras of this step that are tensors: "total", "value"
+        self._decaying: frozenset[str] | None = None
 
     def whole(self) -> bool:
         """Whether of every joined leaf either all parameters have a gradient or none has."""
@@ -128,7 +131,8 @@ class Unit(UnitState):
         form = Form.OWN if mode is None else self._form(pattern)
         if form is Form.EAGER:
             mode = None
-        key: tuple[Any, ...] = pattern, refresh, products is None, self.flushing, mode, utils.dynamic
+        told = tuple(self.told)
+        key: tuple[Any, ...] = pattern, refresh, products is None, self.flushing, mode, utils.dynamic, told
         late = refresh is None and "refresh" in self.transform.needs  # the graph that decides is the one with a mask
         masked = form is Form.MASKED or (form is Form.OWN and late and self.masked and key not in self.steps)
         if masked:
@@ -182,7 +186,7 @@ class Unit(UnitState):
 
     def _prepared(self, key: tuple[Any, ...], given: Sequence[int]) -> Ready:
         """The step for a key of `steps`, shared with a unit that is alike if there is one."""
-        pattern, refresh, plain, _, mode, dynamic = key
+        pattern, refresh, plain, _, mode, dynamic, told = key
         extras, device = self._extras(refresh), self.params[0].device
 
         def make() -> Ready:
@@ -200,6 +204,7 @@ class Unit(UnitState):
                 deferred=mode is None,
                 empty=self.empty,
                 masked=self.layout if pattern is None else None,
+                told=told,
             )
             return Ready(compiled(step, mode, dynamic, device, self._streams()))
 
@@ -219,7 +224,8 @@ class Unit(UnitState):
             names = {path: i for i, path in enumerate(self.flat_paths)}
         at = [tuple(names.get(key, key) for key in place) for place in (*self.tensors, *self.empty)]
         like = [_form_of(x) for x in (*self._flat().values(), *self.tensors.values())]
-        return self.rule, tuple(names.values()), tuple(at), tuple(like)
+        decaying = () if self.transform.decays is None else tuple([path in self.decaying() for path in self.flat_paths])
+        return self.rule, tuple(names.values()), tuple(at), tuple(like), decaying
 
     def _flat(self) -> dict[str, Tensor]:
         """What the transform sees of the parameters, without values for those that are joined."""
@@ -230,7 +236,7 @@ class Unit(UnitState):
         try:
             if self.pending is None:
                 params, grads, more = taken()
-                self.pending = step(params, grads, self.buffers(), more)
+                self.pending = step(params, grads, self.buffers(), self._with_told(more))
             write(self.pending or ())
             for source in self.sources if self.transform.every_call else (self.sources[i] for i in given):
                 if isinstance(source, Joined):
@@ -240,14 +246,17 @@ class Unit(UnitState):
             self.forget()
 
     def _rehearse(self, step: Step, taken: Callable[[], Taken], keep: bool) -> None:
-        params, grads, more = taken()
-        tensors = self.buffers()
+        params, grads, products = taken()
+        tensors, more = self.buffers(), self._with_told(products)
         if keep:
             self.pending = step(params, grads, tensors, more)
         else:
             with suppress(torch.OutOfMemoryError):  # copies need more of it than the step itself
                 step(list(map(_copy, params)), grads, list(map(_copy, tensors)), more)
             self.forget()
+
+    def _with_told(self, products: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [*products, *self.told.values()] if self.told else products
 
     def _taken(self, given: Sequence[int], products: Sequence[Tensor]) -> Taken:
         params = [s.take_params() if isinstance(s, Joined) else self.params[s] for s in self.sources]
@@ -352,8 +361,48 @@ class Unit(UnitState):
             )
         return {leaves[k]: v for k, v in asked.items()}
 
+    def squares(self, products: Sequence[Tensor] | None) -> dict[Any, Tensor]:
+        """The sum of squares of the updates that a clip by the norm of all leaves is given in this step: by mesh what
+        is to be added up over its ranks, and by None the rest. Products as in `step`."""
+        asked = self.asked_squares()
+        return {None: summed(list(asked.values()))} if asked else {}
+
+    def asked_squares(self) -> dict[str, Tensor]:
+        """For each leaf that the transform sees, its sum of squares: a rehearsal, until it asks for their total."""
+        asked: dict[str, Tensor] = {}
+
+        def ask(squares: Mapping[str, Tensor]) -> Tensor:
+            asked.update(squares)
+            raise _Asked
+
+        having = set(self.present())
+        given = [i for i, s in enumerate(self.sources) if (s if isinstance(s, int) else s.numbers[0]) in having]
+        try:
+            params, grads, _ = self._taken(given, ())
+            leaves = Leaves(zip(self.flat_paths, params, strict=True))
+            here = [self.flat_paths[i] for i in given]
+            there = {k: g.to(compute_dtype(leaves[k])) for k, g in zip(here, grads, strict=True)}
+            state = nested(self.tensors, self.empty)
+            with suppress(_Asked):
+                self.transform.update(state, there, leaves, total=ask, **self._extras(None))
+        finally:
+            for join in self.joined:
+                join.release()
+        return asked
+
+    def decaying(self) -> frozenset[str]:
+        """Paths of the leaves, as the transform sees them, that weight decay is for."""
+        if self._decaying is None:
+            chosen = self.transform.decays
+            assert chosen is not None
+            mine = {k for k, p in self.parameters.items() if chosen(k, p)}
+            self._decaying = frozenset(mine | {join.path for join in self.joined if next(iter(join.members)) in mine})
+        return self._decaying
+
     def _extras(self, refresh: bool | str | None) -> dict[str, Any]:
-        extras = {"refresh": refresh, "flush": self.flushing}
+        extras: dict[str, Any] = {"refresh": refresh, "flush": self.flushing}
+        if self.transform.decays is not None:
+            extras["decays"] = self.decaying()
         return {k: x for k, x in extras.items() if k in self.transform.needs}
 
 

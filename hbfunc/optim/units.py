@@ -184,7 +184,8 @@ class UnitsOfGroups(ParamGroups):
     def _unit(self, group: dict[str, Any], leaves: Leaves, double: bool, stored: dict[str, Any], index: int) -> Unit:
         tx, policy = self.transform(group), group["nonfinite"]
         apart = index in self._apart or not tx.elementwise or policy == "skip_leaf"
-        return Unit(tx, leaves, double, [] if apart else joins(leaves, stored), policy)
+        kinds = None if tx.decays is None else {k: tx.decays(k, p) for k, p in leaves.items()}
+        return Unit(tx, leaves, double, [] if apart else joins(leaves, stored, kinds), policy)
 
     def _show(self, units: Iterable[tuple[Unit, dict[str, set[str]]]], owners: Mapping[str, Tensor]) -> None:
         """Put the entries of units into `state`, in place of those that they took and of the rule's earlier ones."""

@@ -327,6 +327,7 @@ def joins_its_leaves(case: Case) -> None:
     """A transform with `elementwise` gives the same bits for the leaves and for all of them as one flat leaf."""
     if not case.transform.elementwise:
         return
+    case = _told(case)
     for dtype in (torch.float32, torch.float64):
 
         def joined(tree: Params) -> Params:
@@ -348,6 +349,7 @@ def steps_its_leaves_alone(case: Case) -> None:
     """A transform with `leafwise` gives a leaf the same updates, whichever other leaves there are."""
     if not case.transform.leafwise or "curvature" in case.extras(1):
         return
+    case = _told(case)
     params, state = case.params, case.transform.init(case.params)
     alone = {k: case.transform.init({k: p}) for k, p in params.items()}
     for t, grads in enumerate(gradients(case), 1):
@@ -356,3 +358,11 @@ def steps_its_leaves_alone(case: Case) -> None:
             own, alone[k] = case.update(alone[k], {k: grads[k]}, {k: p}, t)
             assert_close(own[k], updates[k], f"step {t}, updates[{k!r}] alone")
         params = apply_updates(params, updates)
+
+
+def _told(case: Case) -> Case:
+    """The case with what a transform is to be told that is given leaves in parts: the sum of squares of all leaves, and
+    that all of them decay."""
+    told: dict[str, Any] = {"total": lambda squares: torch.tensor(4.0), "decays": ("joined", *case.params)}
+    told = {need: x for need, x in told.items() if need in case.transform.needs}
+    return case._replace(extras=lambda t: {**case.extras(t), **told}) if told else case
