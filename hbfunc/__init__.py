@@ -81,11 +81,18 @@ from hbfunc.transforms.clipping import (
     trust_region_clip,
 )
 from hbfunc.transforms.momentum import exp_avg, heavyball_momentum, nesterov_momentum
+from hbfunc.transforms.norms import adaptive_gradient_clip, clip_by_global_norm
 from hbfunc.transforms.orthogonal import orthogonalize
 from hbfunc.transforms.psgd import scale_by_psgd
 from hbfunc.transforms.schedule_free import schedule_free, schedule_free_eval_params, schedule_free_train_params
 from hbfunc.transforms.soap import scale_by_soap
-from hbfunc.transforms.steps import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
+from hbfunc.transforms.steps import (
+    add_decayed_weights,
+    no_decay_for_vectors,
+    scale,
+    scale_by_learning_rate,
+    set_to_zero,
+)
 
 __version__ = "0.1.0"
 
@@ -141,6 +148,7 @@ __all__ = [
     "a_law_compress",
     "accumulate",
     "adamw",
+    "adaptive_gradient_clip",
     "add_decayed_weights",
     "ademamix",
     "adopt",
@@ -152,6 +160,7 @@ __all__ = [
     "chain",
     "chainable",
     "clip_by",
+    "clip_by_global_norm",
     "convert",
     "distributed",
     "ema_params",
@@ -174,6 +183,7 @@ __all__ = [
     "muon_laprop",
     "nadamw",
     "nesterov_momentum",
+    "no_decay_for_vectors",
     "normuon",
     "orthogonalize",
     "palm_beta2",

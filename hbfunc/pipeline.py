@@ -1,6 +1,7 @@
 """What every recipe is made of besides its rule: one pipeline for all. A step is, in order,
 
-    g -> MARS -> max_grad_norm -> gradient_clipping -> rule -> update_clipping -> caution -> p - lr * (u + weight_decay * p)
+    g -> MARS -> max_grad_norm -> gradient_clipping -> rule -> update_clipping -> caution
+      -> p - lr * (u + weight_decay * p)
 
     @recipe
     def lion(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **common):
@@ -117,7 +118,8 @@ def around(
     decay: how it goes with the learning rate lr_t of the step: "coupled", lr_t * weight_decay; "adamc", that times
         lr_t / lr_peak (Defazio 2025, arXiv 2506.02285); "independent", weight_decay * lr_t / lr_peak, which is as large
         for every lr (Loshchilov & Hutter 2019).
-    lr_peak: the largest learning rate of the run; None takes lr, before the warmup.
+    lr_peak: the largest learning rate of the run; None takes lr before the warmup, or the peak of a schedule with named
+        numbers.
     decay_mask: which leaves decay, a function (path, parameter) -> bool such as `no_decay_for_vectors`, or a tree of
         bools; None, all of them.
     cautious_weight_decay: decay only the entries with u * p >= 0 (Chen et al. 2025, arXiv 2510.12402).
@@ -180,8 +182,7 @@ def around(
             more["beta2"] = palm_beta2(beta2_scale)
         rate, behind = warmup(lr, warmup_steps), after(update_clipping, caution, caution_scaling)
         if decay != "coupled":
-            peak = lr if lr_peak is None else lr_peak
-            weight_decay = per_peak(weight_decay, rate if decay == "adamc" else 1.0, peak)
+            weight_decay = per_peak(weight_decay, rate if decay == "adamc" else 1.0, peak_of(lr, lr_peak))
         if steps:
             inside = chain(*behind, add_decayed_weights(weight_decay, decay_mask, cautious_weight_decay), name="behind")
             middle = [rule(rate, inside, **more)]
@@ -330,10 +331,16 @@ def check_decay(name: str, decay: Any, lr: Number, lr_peak: Any, finds_rate: boo
     if decay == "coupled":
         if lr_peak is not None:
             raise TypeError(f"lr_peak={short(lr_peak)} has no effect with decay='coupled': leave it out")
-    elif callable(lr) and lr_peak is None:
-        raise TypeError(f"decay={decay!r} with lr={short(lr)}, a schedule, whose peak nobody knows: expected lr_peak too")
+    elif callable(lr) and not isinstance(lr, ParametricSchedule) and lr_peak is None:
+        raise TypeError(f"decay={decay!r}, lr={short(lr)}: nobody knows the peak of a function, expected lr_peak too")
     if decay == "independent" and finds_rate:
         raise TypeError(f"decay='independent' in {name}, which finds its learning rate: expected 'coupled' or 'adamc'")
+
+
+def peak_of(lr: Number, lr_peak: float | Tensor | None) -> float | Tensor:
+    """The largest learning rate: what is given, or that of a number or a schedule with named numbers."""
+    found: Any = lr if lr_peak is None else lr_peak
+    return found.peak if isinstance(found, ParametricSchedule) else found
 
 
 def check_flags(**flags: Any) -> None:

@@ -71,7 +71,8 @@ def rows(
 ) -> list[Row]:
     """A row per set of options: their kwargs, or a Row's fields where the set has "kwargs" among its keys."""
     named = {f"{factory.__name__}{'-' * bool(name)}{name}": o for name, o in options.items()}
-    return [Row(name, factory, **{**common, **(o if "kwargs" in o else {"kwargs": o})}) for name, o in named.items()]
+    made = [Row(name, factory, **{**common, **(o if "kwargs" in o else {"kwargs": o})}) for name, o in named.items()]
+    return [row._replace(numbers=(*row.numbers, *(k for k in SOMETIMES if k in row.kwargs))) for row in made]
 
 
 # -- options --------------------------------------------------------------------------------------------------------
@@ -79,6 +80,19 @@ def rows(
 STOCHASTIC = {
     "matches_the_oracle": "stochastic rounding is not in the oracle: see test_precision.py",
     "differentiates": "the derivative passes straight through a rounding, finite differences see its steps",
+}
+SOMETIMES = ("max_grad_norm", "lr_peak")  # numbers of the state where they are given
+# How weight decay goes, and the norm of all gradients.
+DECAYS: dict[str, dict[str, Any]] = {
+    "decays": {
+        "lr": 0.03,
+        "weight_decay": 0.4,
+        "warmup_steps": 5,
+        "decay": "adamc",
+        "decay_mask": lambda path, p: path not in ("bias", "kernel"),
+        "cautious_weight_decay": True,
+    },
+    "norm": {"lr": 0.03, "weight_decay": 0.4, "decay": "independent", "lr_peak": 0.3, "max_grad_norm": 2.0},
 }
 # What every recipe has, one option at a time, and every clipping rule.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -95,6 +109,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "kwargs": {"gradient_clipping": lambda us: [torch.tanh(u) for u in us]},
         "oracle_kwargs": {"gradient_clipping": np.tanh},
     },
+    **DECAYS,
 }
 BFLOAT16: dict[str, Any] = {"storage_dtype": "bfloat16", "seed": 3}
 MANY: dict[str, Any] = {
@@ -280,6 +295,7 @@ AROUND: dict[str, dict[str, Any]] = {
         "caution_scaling": False,
         "update_clipping": "l2_clip_",
     },
+    **DECAYS,
 }
 
 
@@ -397,6 +413,7 @@ def psgd() -> list[Row]:
     options: dict[str, dict[str, Any]] = {
         "": {"kwargs": {}, "params": {**MATRICES, "another": (5, 3), "scale": ()}},
         **AROUND,
+        "decays": {"kwargs": DECAYS["decays"], "params": {"weight": (4, 3), "bias": (3,)}},
         "combined": {**MANY, "beta": 0.7, "precond_lr": 0.3, "precond_init_scale": 2.0},
         "probability": {"kwargs": {probability: 0.5, "seed": 2}, "numbers": (*numbers, probability)},
         "probability-of-t": {probability: lambda t: 1 / t**0.5},

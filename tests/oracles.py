@@ -133,12 +133,17 @@ def run(
     update_clipping: Clip = None,
     storage_dtype: str = "float32",
     seed: int = 0,
+    max_grad_norm: float | None = None,
+    decay: str = "coupled",
+    lr_peak: float | None = None,
+    decay_mask: Callable[[str, Any], bool] | None = None,
+    cautious_weight_decay: bool = False,
     project: Callable[[Array], Array] = identity,
     states: dict[str, State] | None = None,
-    move: Callable[[Array, Array, float, float, State], Array] | None = None,
+    move: Callable[[Array, Array, float, Any, State], Array] | None = None,
     view: Callable[[Array, State], Array] = lambda p, s: p,
 ) -> list[Params]:
-    """g -> MARS -> gradient_clipping -> rule -> update_clipping -> caution -> p*(1 - lr*weight_decay) - lr*u.
+    """g -> MARS -> norm -> gradient_clipping -> rule -> update_clipping -> caution -> p*(1 - lr*weight_decay) - lr*u.
 
     `rule(u, s)` returns the update, or None when the parameter stays where it is; `move` replaces the last arrow;
     `view` says what is reported.
@@ -147,15 +152,31 @@ def run(
     states = {} if states is None else states
     states.update({k: {"t": 0, "path": k} for k in p})
 
-    def step(p: Array, g: Array, s: State) -> Array:
+    def differences(grad: Mapping[str, Array | None]) -> Params:
+        """The gradients after MARS and the clip of their norm."""
+        given = {k: np.array(g, np.float64) for k, g in grad.items() if g is not None and k in p}
+        found = dict(given)
+        if mars:
+            for k, g in given.items():
+                found[k] = corrected(g, states[k].get("g_prev", np.zeros_like(g)), beta1, mars_gamma)
+                states[k]["g_prev"] = g
+        if max_grad_norm is not None:
+            norm = math.sqrt(sum(float(np.sum(u * u)) for u in found.values()))
+            found = {k: u * min(1.0, max_grad_norm / norm) if norm else u for k, u in found.items()}
+        return found
+
+    def shrinkage(p: Array, u: Array, rate: float, s: State) -> Any:
+        """The weight decay of each entry."""
+        peak = lr if lr_peak is None else lr_peak
+        follows: Any = {"coupled": lambda: 1.0, "adamc": lambda: rate / peak, "independent": lambda: 1 / peak}[decay]()
+        decays = decay_mask is None or decay_mask(s["path"], p)
+        return weight_decay * follows * decays * (u * p >= 0 if cautious_weight_decay else 1.0)
+
+    def step(p: Array, g: Array, u: Array, s: State) -> Array:
         s["t"] += 1
         if p.size == 0:
             return p
         rate = (lr(s["t"]) if callable(lr) else lr) * (min(1.0, s["t"] / warmup_steps) if warmup_steps > 0 else 1.0)
-        u = g
-        if mars:
-            u = corrected(g, s.get("g_prev", np.zeros_like(g)), beta1, mars_gamma)
-            s["g_prev"] = g
         direction = rule(clip(u, gradient_clipping), s)
         if direction is None:
             return p
@@ -163,15 +184,15 @@ def run(
         if caution:
             u = cautious(u, g, caution_scaling)
         if move is not None:
-            return move(p, u, rate, weight_decay, s)
-        return p * (1 - rate * weight_decay) - rate * u
+            return move(p, u, rate, shrinkage(p, u, rate, s), s)
+        return p * (1 - rate * shrinkage(p, u, rate, s)) - rate * u
 
     trajectory = []
     for grad in grads:
+        after = differences(grad)
         for k, s in states.items():
-            g = grad.get(k)
-            if g is not None:
-                p[k] = project(np.asarray(step(p[k], np.array(g, np.float64), s)))
+            if k in after:
+                p[k] = project(np.asarray(step(p[k], np.asarray(grad[k], np.float64), after[k], s)))
         trajectory.append({k: np.array(view(x, states[k])) for k, x in p.items()})
     return trajectory
 
@@ -309,7 +330,7 @@ def sfadamw(
     def rule(u: Array, s: State) -> Array:
         return u / D(ema(s, "v", u * u, second(betas[1], s["t"], palm, beta2_scale)), eps, add_eps)
 
-    def move(y: Array, u: Array, rate: float, weight_decay: float, s: State) -> Array:
+    def move(y: Array, u: Array, rate: float, weight_decay: Any, s: State) -> Array:
         z = s.get("z", y)
         u = u + weight_decay * y
         s["lr_max"] = max(abs(rate), s.get("lr_max", 0.0)) if largest_rate else abs(rate)

@@ -169,7 +169,8 @@ class LocalUnit(ShardedUnit):
         found: dict[Any, list[Tensor]] = {}
         for k, x in asked.items():
             p: Any = self.parameters[first.get(k, k)]
-            found.setdefault(p.device_mesh if is_sharded(p) else None, []).append(x / holders(p) if holders(p) > 1 else x)
+            mesh = p.device_mesh if is_sharded(p) else None
+            found.setdefault(mesh, []).append(x / holders(p) if holders(p) > 1 else x)
         return {mesh: summed(numbers) for mesh, numbers in found.items()}
 
     def adopt(self, values: Mapping[str, Mapping[str, Any]]) -> None:

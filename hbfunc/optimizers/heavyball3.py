@@ -42,7 +42,6 @@ _OFF = {  # options there and not here, and the value at which they do nothing; 
     "param_ecc": (None, "bfloat16 parameters, which are rounded stochastically"),
     "orig_shapes": (None, "FSDP2, whose parameters know their shapes"),
     "storage_dtype": ("float32", ""),
-    "cautious_weight_decay": (False, "caution=True, which is about the update"),
     "precond_grad_accum": (False, ""),
     "palm": (False, ""),
     "beta2_scale": (0.8, ""),

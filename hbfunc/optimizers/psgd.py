@@ -15,7 +15,7 @@ from hbfunc.transforms.momentum import exp_avg
 from hbfunc.transforms.psgd import scale_by_psgd
 
 
-@recipe
+@recipe(without=("palm", "beta2_scale"))
 def psgd_kron(
     lr: Number = 0.001,
     beta: Number = 0.9,
@@ -44,8 +44,8 @@ def psgd_kron(
     precond_lr: float | Tensor = 0.1,
     *,
     curvature: bool = False,
-    caution_scaling: bool = True,
     seed: int | Tensor = 0,
+    **common: Any,
 ) -> Transform:
     """PSGD with Kronecker factors (Li 2015, arXiv 1512.04202; 2024, arXiv 2402.04553) on a momentum.
     Its other options: see `scale_by_psgd`.
@@ -101,8 +101,8 @@ def psgd_kron(
         mars_gamma=mars_gamma,
         gradient_clipping=gradient_clipping,
         update_clipping=update_clipping,
-        caution_scaling=caution_scaling,
         seed=seed,
+        **common,
     )
 
 

@@ -363,6 +363,6 @@ def steps_its_leaves_alone(case: Case) -> None:
 def _told(case: Case) -> Case:
     """The case with what a transform is to be told that is given leaves in parts: the sum of squares of all leaves, and
     that all of them decay."""
-    told: dict[str, Any] = {"total": lambda squares: torch.tensor(4.0), "decays": ("joined", *case.params)}
+    told: dict[str, Any] = {"total": lambda squares: torch.tensor(9.0), "decays": ("joined", *case.params)}
     told = {need: x for need, x in told.items() if need in case.transform.needs}
     return case._replace(extras=lambda t: {**case.extras(t), **told}) if told else case

@@ -13,7 +13,6 @@ from hbfunc.leaves import Leaves, State, Tree, compute_dtype, flatten, in_dtype_
 from hbfunc.ranges import check_number, truth
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
 
-
 Mask = Callable[[str, Tensor], bool] | Tree
 
 
@@ -42,10 +41,16 @@ def add_decayed_weights(weight_decay: Number = 0.0, mask: Mask = None, cautious:
     chosen = chosen_by(mask, "decay_mask")
 
     def update(
-        state: State, updates: dict[str, Tensor], params: Leaves, *, decays: Collection[str] | None = None, **extras: Any
+        state: State,
+        updates: dict[str, Tensor],
+        params: Leaves,
+        *,
+        decays: Collection[str] | None = None,
+        **extras: Any,
     ) -> tuple[dict[str, Tensor], State]:
         new, after = every.update(state, updates, params, **extras)
-        return {k: x if (chosen(k, params[k]) if decays is None else k in decays) else updates[k] for k, x in new.items()}, after
+        chooses = {k: chosen(k, params[k]) if decays is None else k in decays for k in new}
+        return {k: x if chooses[k] else updates[k] for k, x in new.items()}, after
 
     return wrap(every, every.init, update, inside="", needs=(*every.needs, "decays"), decays=chosen)
 

@@ -37,7 +37,7 @@ def oracle(
         s["u"], s["beta2"] = u, palm_beta2(s["t"], beta2_scale) if palm else betas[1]
         return ema(s, "m", d * u, beta1) / D(ema(s, "v", (d * u) ** 2, s["beta2"]), d * eps)
 
-    def move(p: Array, u: Array, rate: float, weight_decay: float, s: State) -> Array:
+    def move(p: Array, u: Array, rate: float, weight_decay: Any, s: State) -> Array:
         if bias_correction:
             rate *= (1 if palm else math.sqrt(1 - betas[1] ** s["t"])) / (1 - beta1 ** s["t"])
         decay, weight = math.sqrt(s["beta2"]), d / d0 * d * rate
@@ -77,6 +77,7 @@ ROWS = rows(
     {
         "": {},
         **{k: {**o, "d0": 0.01} for k, o in AROUND.items()},
+        "norm": {**AROUND["norm"], "decay": "adamc", "d0": 0.01},  # "independent" is refused
         "palm": {"palm": True, "d0": 0.01},
         "numbers": {"lr": 0.7, "betas": (0.5, 0.8), "eps": 0.4, "d0": 0.02, "d_coef": 1.5},
         "growth_rate": {"kwargs": {"growth_rate": 1.05, "d0": 0.01}, "numbers": (*NUMBERS, "growth_rate")},
