@@ -85,14 +85,20 @@ SOMETIMES = ("max_grad_norm", "lr_peak")  # numbers of the state where they are 
 # How weight decay goes, and the norm of all gradients.
 DECAYS: dict[str, dict[str, Any]] = {
     "decays": {
-        "lr": 0.03,
         "weight_decay": 0.4,
         "warmup_steps": 5,
         "decay": "adamc",
         "decay_mask": lambda path, p: path not in ("bias", "kernel"),
         "cautious_weight_decay": True,
     },
-    "norm": {"lr": 0.03, "weight_decay": 0.4, "decay": "independent", "lr_peak": 0.3, "max_grad_norm": 2.0},
+    "norm": {
+        "lr": 0.03,
+        "weight_decay": 0.4,
+        "warmup_steps": 2,
+        "decay": "independent",
+        "lr_peak": 0.3,
+        "max_grad_norm": 2.0,
+    },
 }
 # What every recipe has, one option at a time, and every clipping rule.
 OPTIONS: dict[str, dict[str, Any]] = {
