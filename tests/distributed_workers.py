@@ -269,6 +269,8 @@ def check_options(ranks):
         "eval of owners": (CLASSES["ForeachSFAdamW"], {"after": evaluated, "update_clipping": "l2_clip_"}),
         "ema": (type("Averaged", (CLASSES["ForeachMuon"],), {"use_ema": True}), {"after": averaged}),
         "all leaves at once": (global_norm, {}),
+        "norm": (CLASSES["ForeachAdamW"], {"max_grad_norm": 0.5, "decay_mask": hbfunc.no_decay_for_vectors}),
+        "norm of owners": (CLASSES["ForeachMuon"], {"max_grad_norm": 0.5, "mars": True}),
         "matrices to": (matrices, {}),
     }
     return {name: ranks.compare(build, mesh, cls, **options) for name, (cls, options) in cases.items()}
@@ -430,7 +432,7 @@ RECIPES = {
         psgd_kron={"momentum_into_precond_update": False},
     ),
     "matrices_to": lambda: hbfunc.matrices_to(hbfunc.muon(lr=0.01), rest=hbfunc.adamw(lr=0.01)),
-    "clipped": lambda: hbfunc.adamw(lr=0.01, gradient_clipping="l2_clip_", caution=True),
+    "clipped": lambda: hbfunc.adamw(lr=0.01, gradient_clipping="l2_clip_", caution=True, max_grad_norm=0.5),
     "stored": lambda: hbfunc.adamw(lr=0.01, storage_dtype="bfloat16"),
     "finite": lambda: hbfunc.apply_if_finite(hbfunc.soap(lr=0.01)),
     "finite leaves": lambda: hbfunc.apply_to_finite_leaves(hbfunc.muon(lr=0.01)),

@@ -131,8 +131,8 @@ class Unit(UnitState):
         form = Form.OWN if mode is None else self._form(pattern)
         if form is Form.EAGER:
             mode = None
-        told = tuple(self.told)
-        key: tuple[Any, ...] = pattern, refresh, products is None, self.flushing, mode, utils.dynamic, told
+        names = tuple(self.told)
+        key: tuple[Any, ...] = pattern, refresh, products is None, self.flushing, mode, utils.dynamic, names
         late = refresh is None and "refresh" in self.transform.needs  # the graph that decides is the one with a mask
         masked = form is Form.MASKED or (form is Form.OWN and late and self.masked and key not in self.steps)
         if masked:
@@ -186,7 +186,7 @@ class Unit(UnitState):
 
     def _prepared(self, key: tuple[Any, ...], given: Sequence[int]) -> Ready:
         """The step for a key of `steps`, shared with a unit that is alike if there is one."""
-        pattern, refresh, plain, _, mode, dynamic, told = key
+        pattern, refresh, plain, _, mode, dynamic, names = key
         extras, device = self._extras(refresh), self.params[0].device
 
         def make() -> Ready:
@@ -204,7 +204,7 @@ class Unit(UnitState):
                 deferred=mode is None,
                 empty=self.empty,
                 masked=self.layout if pattern is None else None,
-                told=told,
+                told=names,
             )
             return Ready(compiled(step, mode, dynamic, device, self._streams()))
 
