@@ -11,6 +11,7 @@ from hbfunc.optimizers import adam as _adam, ademamix as _ademamix, lion as _lio
 from hbfunc.pipeline import Betas, Clipping
 from hbfunc.schedules import Number
 from hbfunc.transforms.orthogonal import Count, Scale, Sizes
+from hbfunc.transforms.steps import Mask
 
 from hbfunc import chainable as chainable
 from hbfunc import convert as convert

@@ -32,6 +32,7 @@ from hbfunc.optimizers import {modules}
 from hbfunc.pipeline import Betas, Clipping
 from hbfunc.schedules import Number
 from hbfunc.transforms.orthogonal import Count, Scale, Sizes
+from hbfunc.transforms.steps import Mask
 '''
 
 

@@ -23,8 +23,9 @@ _ENTRIES_ELSEWHERE = 1 << 24  # where every operation costs a launch
 
 
 def fits(transform: Transform) -> bool:
-    """Whether a transform may be given some leaves at a time, and parts of them."""
-    return transform.elementwise and transform.layout is None and not transform.every_call
+    """Whether a transform may be given some leaves at a time, and parts of them, and asks for nothing about all."""
+    alone = transform.layout is None and not transform.every_call and "total" not in transform.needs
+    return transform.elementwise and alone
 
 
 class _Piece(NamedTuple):
