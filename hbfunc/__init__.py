@@ -52,6 +52,7 @@ from hbfunc.optimizers.psgd import (
 from hbfunc.optimizers.schedule_free import ForeachSFAdamW, PaLMForeachSFAdamW, PaLMSFAdamW, SFAdamW, sfadamw
 from hbfunc.optimizers.sgd import SGD, sgd
 from hbfunc.optimizers.shampoo import KLShampoo, Shampoo, kl_shampoo, shampoo
+from hbfunc.optimizers.sign_laprop import SignLaProp, sign_laprop
 from hbfunc.optimizers.soap import (
     KLSOAP,
     SOAP,
@@ -143,6 +144,7 @@ __all__ = [
     "RMSprop",
     "SFAdamW",
     "Shampoo",
+    "SignLaProp",
     "SplitOpt",
     "Transform",
     "a_law_compress",
@@ -210,6 +212,7 @@ __all__ = [
     "sfadamw",
     "sgd",
     "shampoo",
+    "sign_laprop",
     "skipped_steps",
     "soap",
     "stateless",

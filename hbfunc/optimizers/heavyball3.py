@@ -20,7 +20,6 @@ NEAREST = {  # what HeavyBall 3 has at its top and hbfunc has not
     "MSAMLaProp": "hbfunc.LaProp",
     "SOAPNAdam": 'hbfunc.SOAP, with inner="nadam"',
     "SOAPAdEMAMix": 'hbfunc.SOAP, with inner="ademamix"',
-    "SignLaProp": "hbfunc.Lion",
     "HeavySOAP": "hbfunc.SOAP, whose moments move with the basis",
     "HeavyKLSOAP": "hbfunc.KLSOAP",
     "HeavyKLShampoo": "hbfunc.KLShampoo",
