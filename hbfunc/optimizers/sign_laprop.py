@@ -23,7 +23,8 @@ def sign_laprop(**options: Any) -> Transform:
     """
 
     def rule(beta1: Number, beta2: Number, eps: Any) -> Transform:
-        return chain(scale_by_laprop(beta1, beta2, eps), stateless("sign", torch.sign, elementwise=True), name="sign_laprop")
+        sign = stateless("sign", torch.sign, elementwise=True)
+        return chain(scale_by_laprop(beta1, beta2, eps), sign, name="sign_laprop")
 
     return around("sign_laprop", rule, **options)
 
