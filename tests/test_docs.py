@@ -111,7 +111,8 @@ def test_where_to_start_says_what_the_classes_and_the_results_say():
         window = f"{hits[0]:.2g} to {hits[-1]:.2g}" if hits else ""
         lr = cls.arguments()["lr"].default
         lines.append(f"| `{cls.__name__.removeprefix('Foreach')}` | {lr} | {cls.start} | {window} |")
-    assert "\n".join(lines) in section("optimizers.md", "Where to start")
+    there = section("optimizers.md", "Where to start").splitlines()
+    assert [line for line in lines if line not in there] == []
 
 
 def test_the_readme_is_short():
