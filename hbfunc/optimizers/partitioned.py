@@ -43,9 +43,12 @@ def matrices_to(
         a dot for several at its end ("decoder.weight"); or a function (path, parameter) -> bool, whose truth value
         counts. By default the usual names of input and output layers. `()` excludes nothing.
 
-    Each half keeps its hyperparameters: state["matrices"]["hyper"] and state["rest"]["hyper"].
+    Each half keeps its hyperparameters: state["matrices"]["hyper"] and state["rest"]["hyper"]. A sweep has columns for
+    the rates of both, {"matrices.lr": [0.01, 0.02], "rest.lr": [1e-3, 3e-4]}. What a matrix is made of, such as the
+    heads of attention or a stack of experts, its rule is told by `heads`, `split_sizes` and `batch_dims`, see `muon`.
 
         tx = matrices_to(muon(lr=0.02), rest=adamw(lr=3e-4))
+        tx = matrices_to(normuon(heads=lambda path, p: 12 if path.endswith("query.weight") else None))
         tx = matrices_to(muon(lr=0.02), exclude=embeddings_and_head(model))
         tx = matrices_to(soap(), exclude=lambda path, p: max(p.shape) > 10_000)
     """
