@@ -26,6 +26,7 @@ from hbfunc.combinators import accumulate as accumulate
 from hbfunc.combinators import caution as caution
 from hbfunc.combinators import cautious as cautious
 from hbfunc.combinators import ema_params as ema_params
+from hbfunc.combinators import lookahead as lookahead
 from hbfunc.combinators import mars as mars
 from hbfunc.combinators import mars_correction as mars_correction
 from hbfunc.combinators import with_ema as with_ema

@@ -199,6 +199,22 @@ def _accumulated(params: Arrays, grads: list[Arrays], steps: int, **options: Any
     return oracles.adamw(params, means, **options)
 
 
+def _looking_ahead(params: Arrays, grads: list[Arrays], lr: float, steps: int, alpha: float) -> list[Arrays]:
+    """AdamW's steps, which without decay depend on no parameter, and the slow weights by their definition."""
+    points = [params, *oracles.adamw(params, grads, lr=lr)]
+    fast, slow, counts, path = dict(params), dict(params), dict.fromkeys(params, 0), []
+    for t, given in enumerate(grads):
+        for k in params:
+            if given[k] is None:
+                continue
+            fast[k] = fast[k] + points[t + 1][k] - points[t][k]
+            counts[k] += 1
+            if counts[k] % steps == 0:
+                fast[k] = slow[k] = slow[k] + alpha * (fast[k] - slow[k])
+        path.append(dict(fast))
+    return path
+
+
 def _parted(params: Arrays, grads: list[Arrays], lr: float) -> list[Arrays]:
     """Matrices by AdamW, the rest by Schedule-Free AdamW."""
     want = oracles.adamw(params, grads, lr=lr), oracles.sfadamw(params, grads, lr=lr)
@@ -273,6 +289,14 @@ COMBINATORS = [
         lambda steps, **kw: hbfunc.accumulate(hbfunc.adamw(**kw), steps),
         {"steps": 3, "lr": 0.1},
         _accumulated,
+    ),
+    Row(
+        "lookahead",
+        lambda lr, steps, alpha: hbfunc.with_hyperparameters(
+            lambda lr, alpha: hbfunc.lookahead(hbfunc.adamw(lr), steps, alpha), lr=lr, alpha=alpha
+        ),
+        {"lr": 0.1, "steps": 3, "alpha": 0.4},
+        _looking_ahead,
     ),
     Row(
         "masked",
