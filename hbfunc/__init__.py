@@ -7,7 +7,6 @@ from hbfunc.combinators import (
     caution,
     cautious,
     ema_params,
-    lookahead,
     mars,
     mars_correction,
     with_ema,
@@ -82,6 +81,7 @@ from hbfunc.transforms.clipping import (
     rmsnorm_clip,
     trust_region_clip,
 )
+from hbfunc.transforms.lookahead import lookahead
 from hbfunc.transforms.momentum import exp_avg, heavyball_momentum, nesterov_momentum
 from hbfunc.transforms.norms import adaptive_gradient_clip, clip_by_global_norm
 from hbfunc.transforms.orthogonal import orthogonalize

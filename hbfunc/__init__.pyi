@@ -26,7 +26,6 @@ from hbfunc.combinators import accumulate as accumulate
 from hbfunc.combinators import caution as caution
 from hbfunc.combinators import cautious as cautious
 from hbfunc.combinators import ema_params as ema_params
-from hbfunc.combinators import lookahead as lookahead
 from hbfunc.combinators import mars as mars
 from hbfunc.combinators import mars_correction as mars_correction
 from hbfunc.combinators import with_ema as with_ema
@@ -63,6 +62,7 @@ from hbfunc.transforms.clipping import l2_clip as l2_clip
 from hbfunc.transforms.clipping import mu_law_compress as mu_law_compress
 from hbfunc.transforms.clipping import rmsnorm_clip as rmsnorm_clip
 from hbfunc.transforms.clipping import trust_region_clip as trust_region_clip
+from hbfunc.transforms.lookahead import lookahead as lookahead
 from hbfunc.transforms.momentum import exp_avg as exp_avg
 from hbfunc.transforms.momentum import heavyball_momentum as heavyball_momentum
 from hbfunc.transforms.momentum import nesterov_momentum as nesterov_momentum
