@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from hbfunc.devices import ALONE
 
-_LARGE = 2048  # published for H100: from here on a matrix fills the device alone, and a stack only costs memory
+Shape = tuple[int, ...]
 
 
 class Block(NamedTuple):
@@ -99,7 +99,7 @@ def plan(
             chunks[-2] = list(zip(itertools.accumulate((0, *parts[:-1])), parts, strict=True))
         for places in itertools.product(*chunks):
             start, sizes = tuple([at for at, _ in places]), tuple([size for _, size in places])
-            alone = (path, start) if sum(size >= _LARGE for size in sizes) > 1 else None
+            alone = (path, start) if sum(size >= ALONE for size in sizes) > 1 else None
             key = (sizes, leaf.dtype, leaf.device, alone)
             groups.setdefault(key, []).append(Block(path, order, shape, start))
     names = ["x".join(map(str, sizes)) + "_" + str(dtype).removeprefix("torch.") for sizes, dtype, *_ in groups]

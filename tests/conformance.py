@@ -57,7 +57,7 @@ class Row(NamedTuple):
         if self.oracle is None:
             return None
         fn = getattr(oracles, self.oracle or self.factory.__name__) if isinstance(self.oracle, str) else self.oracle
-        known = {k: v for k, v in self.kwargs.items() if k not in ("orthogonalizer", "stop_gradient")}
+        known = {k: v for k, v in self.kwargs.items() if k not in ("orthogonalizer", "stop_gradient", "qr")}
         return functools.partial(fn, **{**known, **self.oracle_kwargs})
 
 
@@ -409,6 +409,7 @@ def soap() -> list[Row]:
             },
         },
         "normalize_grads": {"normalize_grads": True},
+        "cholesky": {"qr": "cholesky"},
         "plain-betas": {"correct_bias": False},
         "laprop": {"inner": "laprop"},
         "nadam": {"inner": "nadam", "precondition_frequency": 3, "palm": True},

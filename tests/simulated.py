@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import hbfunc
-from hbfunc.linalg import polar
+from hbfunc import devices
 from hbfunc.optim import unit_state
 
 DEVICE = "sim"
@@ -188,4 +188,4 @@ def install() -> None:
     _library.fallback(_run, "PrivateUse1")
     torch.tensor, torch.as_tensor = _of_data(torch.tensor), _of_data(torch.as_tensor)
     unit_state._address = lambda x: x.raw.data_ptr() if isinstance(x, Simulated) else x.data_ptr()
-    polar.product_dtype = lambda x: torch.promote_types(x.dtype, torch.float32)  # the CPU's bits
+    devices.CHOICES.update({k: x._replace(other=x.cpu) for k, x in devices.CHOICES.items()})  # the CPU's bits

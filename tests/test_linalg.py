@@ -376,15 +376,15 @@ def test_kron_lanes_and_derivative():
 @pytest.mark.parametrize("n", [5, 12, 23])
 def test_products_in_blocks(n, monkeypatch):
     """Every number of blocks, of unequal lengths too, gives what the whole product gives."""
-    monkeypatch.setattr(triangular, "_BLOCK", 5)
-    assert len(triangular.blocks(n)) == n // 5
-    assert [i for at in triangular.blocks(n) for i in range(at.start, at.stop)] == list(range(n))
+    monkeypatch.setattr(triangular, "choose", lambda name, device: 5)
     x, y, q = randn(2, 7, n), randn(2, 4, n, seed=1), randn(2, n, n, seed=2).triu()
+    assert len(triangular.blocks(n, x.device)) == n // 5
+    assert [i for at in triangular.blocks(n, x.device) for i in range(at.start, at.stop)] == list(range(n))
     close(triangular.times_upper(x, q), x @ q, 1e-13)
     close(triangular.times_upper_transposed(x, q), x @ q.mT, 1e-13)
     gram = x.mT @ x + y.mT @ y
     parts = [a + b for a, b in zip(triangular.upper_gram(x), triangular.upper_gram(y), strict=True)]
-    for at, part in zip(triangular.blocks(n), parts, strict=True):
+    for at, part in zip(triangular.blocks(n, x.device), parts, strict=True):
         close(part, gram[..., at, at.start :], 1e-13)
     close(triangular.column_norms(parts), gram.norm(dim=-2), 1e-13)
     upper = [part.triu() for part in parts]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.autocast import own_precision
+from hbfunc.devices import choose
 from hbfunc.linalg import modes
 from hbfunc.linalg.modes import outer_product
 
@@ -38,18 +39,59 @@ def eigenbasis(gg: Tensor) -> Tensor:
 
 
 @own_precision
-def refresh(q: Tensor, gg: Tensor) -> tuple[Tensor, Tensor]:
+def refresh(q: Tensor, gg: Tensor, qr: str = "auto") -> tuple[Tensor, Tensor]:
     """One step of orthogonal iteration from the basis q on gg, both [..., n, n]. Returns (new basis, order).
 
     order [..., n] (int64) sorts the columns of q by diag(q^T gg q), descending and stable; the new basis is the Q
-    factor of gg q_sorted. Whatever is kept per column of q has to be sorted by `order` too. Householder QR keeps the
-    result orthonormal where gg lacks full rank: directions that gg does not reach are completed arbitrarily, those of a
-    zero gg by the identity. Differentiable for full rank only.
+    factor of gg q_sorted. Whatever is kept per column of q has to be sorted by `order` too. Differentiable for full
+    rank only.
+
+    qr: "householder" keeps the result orthonormal where gg lacks full rank: directions that gg does not reach are
+        completed arbitrarily, those of a zero gg by the identity. "cholesky" is equal up to signs and rounding for full
+        rank, and otherwise leaves directions that gg does not reach about where they were. "auto": as `hbfunc.devices`
+        has it.
     """
     moved = gg @ q
     order = (q * moved).sum(-2).argsort(dim=-1, descending=True, stable=True)
-    moved = moved.gather(-1, order.unsqueeze(-2).expand_as(moved))
+    places = order.unsqueeze(-2).expand_as(moved)
+    moved = moved.gather(-1, places)
+    if (choose("soap_qr", gg.device) if qr == "auto" else qr) == "cholesky":
+        return _cholesky_q(moved, q.gather(-1, places)), order
     return torch.linalg.qr(moved).Q.contiguous(), order
+
+
+def _cholesky_q(a: Tensor, basis: Tensor) -> Tensor:
+    """The Q factor of a = gg basis by matrix products and Cholesky factors, whose signs leave it close to `basis`.
+
+    Shifted Cholesky-QR (Fukaya et al. 2020, arXiv 1809.11085) on columns of norm 1, which changes no Q and is nearly
+    all of the conditioning, as `basis` is nearly that of the eigenvectors. Where two passes show a deficient rank, the
+    columns are those of gg + a shift, which leaves eigenvectors what they are, and the directions that gg does not
+    reach where they were. Nothing is decided by the host; what still fails (an inf, a NaN) leaves the basis as it was.
+    """
+    n, eps = a.shape[-1], torch.finfo(a.dtype).eps
+    top = torch.linalg.vector_norm(a, dim=-2, keepdim=True).amax(-1, keepdim=True)
+    shifted = a + 32 * eps * n**0.5 * torch.where(top > 0, top, 1.0) * basis
+    x, _ = _orthogonal(_columns(a), n * eps / 2)
+    x, least = _orthogonal(x)
+    x = torch.where((least * least > 4 * n * eps)[..., None, None], x, _columns(shifted))
+    x, _ = _orthogonal(x, n * eps / 2)
+    x, _ = _orthogonal(x)
+    x, least = _orthogonal(x)
+    return torch.where((least > 0.5)[..., None, None], x, basis).contiguous()
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _orthogonal(x: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """One pass: x R^-1 for R^T R = x^T x + shift, and the least entry on the diagonal of R: 0 where there is no R."""
+    gram = x.transpose(-2, -1) @ x
+    if shift:
+        gram = gram + shift * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    least = torch.where(info == 0, factor.diagonal(dim1=-2, dim2=-1).amin(-1), 0.0)
+    return torch.linalg.solve_triangular(factor.transpose(-2, -1), x, upper=True, left=False), least
 
 
 @own_precision

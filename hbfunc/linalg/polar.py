@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from hbfunc.autocast import own_precision
+from hbfunc.devices import choose
 from hbfunc.forms import short
 from hbfunc.ranges import check_choice, check_int, check_number
 
 Coefficients = Sequence[tuple[float, float, float]]
-
-_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 
 # Jordan et al. 2024, "Muon": steepest at 0, at the price of values that end anywhere in [0.68, 1.13].
 _QUINTIC: Coefficients = 5 * ((3.4445, -4.7750, 2.0315),)
@@ -93,11 +92,8 @@ def check_iteration(method: str, steps: Any, coefficients: Any) -> None:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What x is multiplied in: float64 stays, others become bfloat16. CPUs without AMX compute products of bfloat16 in
-    float32 and pay for the conversion: float32 is faster there, and exacter."""
-    if x.dtype == torch.float64:
-        return x.dtype
-    return torch.bfloat16 if x.device.type != "cpu" or _AMX else torch.float32
+    """What x is multiplied in: float64 stays, others become what the device multiplies fast (`hbfunc.devices`)."""
+    return x.dtype if x.dtype == torch.float64 else choose("newton_schulz", x.device)
 
 
 def _svd(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Products with triangular factors or symmetric results, in blocks of columns: what is zero or known is not computed.
 
-With n / 384 blocks they need as little as half of the multiplications. Matrices are stacks [..., n, n]; those of
-fewer than 768 rows are multiplied whole.
+Many blocks need as little as half of the multiplications. Matrices are stacks [..., n, n]; those of fewer rows than two
+blocks have are multiplied whole.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from hbfunc.autocast import own_precision
+from hbfunc.devices import choose
 
-_BLOCK = 384  # columns; smaller blocks save more multiplications, but make more kernels to compile
 
-
-def blocks(n: int) -> list[slice]:
-    """Split n columns into ranges of nearly equal length."""
-    count = max(n // _BLOCK, 1)
+def blocks(n: int, device: torch.device) -> list[slice]:
+    """Split n columns into ranges of nearly equal length, about that of the device (`hbfunc.devices`)."""
+    count = max(n // choose("triangular_block", device), 1)
     ends = [n * i // count for i in range(count + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]
 
@@ -26,20 +25,20 @@ def blocks(n: int) -> list[slice]:
 @own_precision
 def times_upper(x: Tensor, q: Tensor) -> Tensor:
     """x q for x [..., r, n] and upper triangular q [..., n, n]."""
-    return _joined([x[..., : at.stop] @ q[..., : at.stop, at] for at in blocks(q.shape[-1])], -1)
+    return _joined([x[..., : at.stop] @ q[..., : at.stop, at] for at in blocks(q.shape[-1], q.device)], -1)
 
 
 @own_precision
 def times_upper_transposed(x: Tensor, q: Tensor) -> Tensor:
     """x q^T for x [..., r, n] and upper triangular q [..., n, n]."""
-    parts = [x[..., at.start :] @ q[..., at, at.start :].transpose(-2, -1) for at in blocks(q.shape[-1])]
+    parts = [x[..., at.start :] @ q[..., at, at.start :].transpose(-2, -1) for at in blocks(q.shape[-1], q.device)]
     return _joined(parts, -1)
 
 
 @own_precision
 def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
     """q - t q for upper triangular q and t [..., n, n], of which `parts` has the rows that `upper_gram` gives."""
-    columns = blocks(q.shape[-1])
+    columns = blocks(q.shape[-1], q.device)
     rows = []
     for i, (at, t) in enumerate(zip(columns, parts, strict=True)):
         # The columns `to` of the product need t and q from the start of `at` to the end of `to`: elsewhere one is zero.
@@ -52,7 +51,7 @@ def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
 def upper_gram(rows: Tensor) -> list[Tensor]:
     """rows^T rows for rows [..., r, n]: for each block of columns its rows, from the diagonal to the right."""
     columns = rows.transpose(-2, -1)
-    return [columns[..., at, :] @ rows[..., at.start :] for at in blocks(rows.shape[-1])]
+    return [columns[..., at, :] @ rows[..., at.start :] for at in blocks(rows.shape[-1], rows.device)]
 
 
 @own_precision
@@ -63,7 +62,7 @@ def column_norms(parts: list[Tensor]) -> Tensor:
     # Sums over rows are slow loops on CPUs, as is what compilers make of products with one vector, but not with two.
     ones = torch.ones(2, n, dtype=parts[0].dtype, device=parts[0].device)
     sums = [(ones[:, : x.shape[-2]] @ x)[..., 0, :] for x in squares]
-    above = [torch.nn.functional.pad(x, (at.start, 0)) for at, x in zip(blocks(n), sums, strict=True)]
+    above = [torch.nn.functional.pad(x, (at.start, 0)) for at, x in zip(blocks(n, ones.device), sums, strict=True)]
     # Right of the diagonal block: the entries below it, mirrored.
     right = [(x[..., x.shape[-2] :] @ ones[:, x.shape[-2] : x.shape[-1]].T)[..., 0] for x in squares]
     return (torch.stack(above).sum(0) + _joined(right, -1)).sqrt()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.contract import Transform, own_code
+from hbfunc.devices import choose
 from hbfunc.internals import (
     BackendCompilerFailed,
     current_dispatch_mode,
@@ -135,7 +136,7 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
     options: dict[str, Any] = {"guard_filter_fn": partial(_filtered, made_here(step))}
     if mode in _UNBUILT:
         return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options)
-    if device.type != "cpu" or not mode.startswith("max-autotune"):
+    if choose("autotune", device) or not mode.startswith("max-autotune"):
         options |= list_mode_options(mode, dynamic)  # which is what `mode` means; both cannot be passed
     if device.type == "cpu" and streams:
         options["cpp.max_horizontal_fusion_size"] = max(1, _STREAMS // streams)

@@ -14,7 +14,7 @@ from hbfunc.schedules import Number
 from hbfunc.transforms.shampoo import scale_by_shampoo
 from hbfunc.transforms.soap import scale_by_soap
 
-_NOT = ("inner", "kl", "slow_beta", "alpha")  # of SOAP's options
+_NOT = ("inner", "kl", "slow_beta", "alpha", "qr")  # of SOAP's options
 _FLAGS = (
     *("merge_dims", "precondition_1d", "normalize_grads", "correct_bias", "split"),
     *("use_precond_schedule", "stop_gradient"),

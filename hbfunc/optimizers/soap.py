@@ -44,6 +44,7 @@ def soap(
     inner: str = "adam",
     stop_gradient: bool = False,
     refresh_phase: int = 0,
+    qr: str = "auto",
     kl: bool = False,
     slow_beta: Number | None = None,
     alpha: Number | None = None,
@@ -94,6 +95,7 @@ def soap(
             inner=inner,
             seed=seed,
             refresh_phase=refresh_phase,
+            qr=qr,
             **more,
             **flags,
         )

@@ -101,6 +101,7 @@ def scale_by_shampoo(
         seed=seed,
         stop_gradient=stop_gradient,
         refresh_phase=refresh_phase,
+        qr="auto",
     )
 
 

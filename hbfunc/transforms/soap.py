@@ -56,6 +56,7 @@ def scale_by_soap(
     seed: int | Tensor = 0,
     stop_gradient: bool = False,
     refresh_phase: int = 0,
+    qr: str = "auto",
     kl: bool = False,
     slow_beta: Number | None = None,
     alpha: Number | None = None,
@@ -88,6 +89,8 @@ def scale_by_soap(
         the outer product over a mode is the mean over its fibres after the other modes are whitened, by the bases Q and
         the eigenvalues max(diag(Q^T GG Q), eps) of the step before. GG starts at 0.1 I, and its averages are plain,
         because debiasing would throw this start away.
+    qr: form of the QR factorization: "householder"; "cholesky", by products of matrices, faster on GPUs, equal
+        up to signs and rounding where a covariance has full rank; or "auto", what `hbfunc.devices` has for the device.
     stop_gradient: keep derivatives from going through the bases. By default hypergradients are exact; but a covariance
         of deficient rank (rows > steps * columns, dead units) has no derivative, and they may be inf or NaN there.
 
@@ -123,6 +126,7 @@ def scale_by_soap(
         seed=seed,
         stop_gradient=stop_gradient,
         refresh_phase=refresh_phase,
+        qr=qr,
     )
 
 
@@ -144,16 +148,19 @@ def in_eigenbases(
     seed: int | Tensor,
     stop_gradient: bool,
     refresh_phase: int,
+    qr: str,
 ) -> Transform:
     """A rule on stacks that are given with their covariances, as this step leaves them, and with the bases that the
     step before left. kl_eps: fit as with `kl`, eigenvalues at least this. The others: see `scale_by_soap`."""
     check_number("shampoo_beta", shampoo_beta, 0, 1, open_high=True)
     _check_choices(precondition_frequency, max_precond_dim, data_format, precond_scheduler)
     check_int("refresh_phase", refresh_phase, 0)
+    check_choice("qr", qr, ("auto", "householder", "cholesky"))
     if use_precond_schedule and refresh_phase:
         raise ValueError(f"refresh_phase={refresh_phase}: expected 0 with use_precond_schedule=True")
     due = _due(precondition_frequency, precond_scheduler if use_precond_schedule else None, refresh_phase)
-    first, again = partial(_first, stop_gradient=stop_gradient), partial(_again, rule, stop_gradient=stop_gradient)
+    first = partial(_first, stop_gradient=stop_gradient)
+    again = partial(_again, rule, stop_gradient=stop_gradient, qr=qr)
 
     def plan(params: Flat) -> dict[str, Bucket]:
         return buckets.plan(
@@ -348,14 +355,14 @@ def _first(s: Stacks, stop_gradient: bool) -> Stacks:
     }
 
 
-def _again(rule: Inner, s: Stacks, stop_gradient: bool) -> Stacks:
+def _again(rule: Inner, s: Stacks, stop_gradient: bool, qr: str) -> Stacks:
     """The bases after one orthogonal iteration; averages of updates rotated from the old ones to the new, those of
     squares permuted with the columns."""
     old = {int(key[2:]): q for key, q in s.items() if key.startswith("Q_")}
     new, moments = {}, {key: s[key] for key in (*rule.rotated, *rule.permuted)}
     for d, q in old.items():
         gg = s[f"GG_{d}"]
-        new[d], columns = bases.refresh(q, gg.detach() if stop_gradient else gg)
+        new[d], columns = bases.refresh(q, gg.detach() if stop_gradient else gg, qr)
         for key in rule.permuted:
             v = moments[key]
             index = columns.reshape(len(v), *(1,) * d, -1, *(1,) * (v.ndim - 2 - d))
