@@ -405,18 +405,23 @@ class Protocol:
     rates: int = 4
 
 
-def final_loss(task: Task, make: Make, lr: float, seed: int, steps: int, nudge: float = 0.0) -> float:
-    """The validation loss, in nats, after a training whose initialisation and batches the seed decides."""
-    start = task.initial(seed)
-    params = {name: Parameter(p) for name, p in start.items()}
+def final_loss(
+    task: Task, make: Make, lr: float, seed: int, steps: int, nudge: float = 0.0, matrices: bool = False
+) -> float:
+    """The validation loss, in nats, after a training whose initialisation and batches the seed decides.
+
+    nudge: of the first weight, before. matrices: whether vectors stay as they are.
+    """
+    params = {name: Parameter(p) for name, p in task.initial(seed).items()}
     with torch.no_grad():
         next(iter(params.values())).view(-1)[0] += nudge
-    model, optimizer = task.build(), train_mode(make(list(params.values())))
+    trained = [p for p in params.values() if p.ndim > 1 or not matrices]
+    model, optimizer = task.build(), train_mode(make(trained))
     for group in optimizer.param_groups:
         group["lr"] = lr
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        x, y = task.sample(draw, task.batch_size)
+        x, y = task.sample(draw, task.defaults.batch_size)
         optimizer.zero_grad()
         task.loss(model, params, x, y).backward()
         optimizer.step()
@@ -440,13 +445,16 @@ def trainings(pair: Pair, protocol: Protocol) -> dict[str, Any] | None:
         "control": (lambda ps: pair.theirs(module, ps), 1e-6),
     }
     losses: dict[str, list[list[float]]] = {side: [] for side in sides}
-    rates = list(pair.rates[: protocol.rates])
-    with mock.patch.object(utils, "compile_mode", None), warnings.catch_warnings():
+    rates, only_matrices = list(pair.rates[: protocol.rates]), pair.leaves is MATRICES
+    eager = torch.compiler.set_stance("force_eager"), mock.patch.object(utils, "compile_mode", None)
+    with eager[0], eager[1], warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         for lr in rates:
             for side, (make, nudge) in sides.items():
-                runs = [final_loss(task, make, lr, seed, protocol.steps, nudge) for seed in range(protocol.seeds)]
-                losses[side].append(runs)
+                runs = range(protocol.seeds)
+                losses[side].append(
+                    [final_loss(task, make, lr, seed, protocol.steps, nudge, only_matrices) for seed in runs]
+                )
     theirs = torch.tensor(losses["theirs"], dtype=torch.float64)
     best = int(theirs.mean(1).argmin())
     beside = [i for i in (best - 1, best, best + 1) if 0 <= i < len(rates)]

@@ -21,11 +21,14 @@ MISSING: list[str] = []  # those that this torch has not
 
 def _of(where: str, name: str, otherwise: Any) -> Any:
     """What is called so in a module of torch, or else `otherwise`."""
-    NAMES.append(f"{where}.{name}")
+    full = f"{where}.{name}"
+    if full not in NAMES:
+        NAMES.append(full)
     try:
         return getattr(importlib.import_module(where), name)
     except (ImportError, AttributeError):
-        MISSING.append(NAMES[-1])
+        if full not in MISSING:
+            MISSING.append(full)
         return otherwise
 
 

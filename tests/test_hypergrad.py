@@ -174,9 +174,16 @@ def test_metrics_come_from_every_step():
         assert torch.equal(p, other["params"][k])
 
 
-@pytest.mark.parametrize(("batches", "options"), [([], {}), ([None], {"checkpoint_every": 0})])
-def test_arguments_that_cannot_be(batches, options):
-    with pytest.raises(ValueError, match="expected positive numbers"):
+@pytest.mark.parametrize(
+    ("batches", "options", "message"),
+    [
+        ([], {}, "batches: expected at least one"),
+        ([None], {"checkpoint_every": 0}, "checkpoint_every=0: expected a number of at least 1"),
+        ([None], {"checkpoint_every": (2, 3)}, r"checkpoint_every=\(2, 3\): expected .* several that fall"),
+    ],
+)
+def test_arguments_that_cannot_be(batches, options, message):
+    with pytest.raises(ValueError, match=message):
         unroll(lambda lane, batch: (lane, {}), {}, batches, **options)
 
 

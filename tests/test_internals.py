@@ -24,7 +24,8 @@ def private(tree: ast.AST) -> list[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.Attribute):
             names = [ast.unparse(node)]
-        found += [n for n in names if n.startswith("torch.") and any(p[0] == "_" != p[-1] for p in n.split("."))]
+        names = [n for n in names if n.startswith("torch.") and all(p.isidentifier() for p in n.split("."))]
+        found += [n for n in names if any(p[0] == "_" != p[-1] for p in n.split("."))]
     return found
 
 

@@ -152,6 +152,7 @@ BY_HAND = {  # file: facts that stand nowhere else
     "tests/test_rules_2026.py": "recorded steps of other libraries",
     "tests/test_sharing.py": "what shares under torch.compile",
     "benchmarks/step.py": "what HeavyBall calls a class",
+    "benchmarks/agreement.py": "which package has the same rule, and with which options",
     "hbfunc/convert/heavyball.py": "whose checkpoints are read",
     "hbfunc/__init__.py": "the exports",
 }

@@ -1301,6 +1301,6 @@ def test_nothing_of_a_checkpoint_is_called_or_unpickled():
     assert torch.equal(p, q)
     calls: list[Any] = []
     held["param_groups"][0]["lr"] = calls.append
-    with pytest.raises(TypeError, match=r"param_groups\[0\]\['lr'\] is .*functions come from the class"):
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['lr'\] is .*expected the name of a function"):
         other.load_state_dict(held)
     assert not calls

@@ -15,12 +15,15 @@ deficient rank, and `soap(stop_gradient=True)` keeps derivatives from going thro
 
 A plain unrolled training keeps every intermediate of every step until the derivative is done. With `checkpoint_every=n`
 it keeps the lane after every n steps, and computes a segment again when its turn comes, backwards (Griewank & Walther
-2000, algorithm 799, with one level): T/n lanes plus the intermediates of n steps, for one more forward pass.
+2000, algorithm 799, with one level): T/n lanes plus the intermediates of n steps, for one more forward pass. Levels,
+checkpoint_every=(100, 10), keep fewer for a pass more each. `hypergradient(..., truncate=n)` goes through the last n
+steps only: memory for n steps whatever T is, and a derivative that is biased (Shaban et al. 2019, arXiv 1810.10667).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hbfunc.internals import functorch, pytree
+from hbfunc.ranges import check_int
 from hbfunc.sweep.lane import Lane, Metrics, Refresh, Step, hyper, with_hyper
 
 
@@ -37,41 +41,50 @@ def unroll(
     batches: Sequence[Any],
     *,
     refresh: Callable[[int], Refresh] | None = None,
-    checkpoint_every: int | None = None,
+    checkpoint_every: int | Sequence[int] | None = None,
 ) -> tuple[Lane, Metrics]:
     """The lane after a step on each batch, and the metrics, [T] each: differentiable, under torch.func and .backward().
 
     refresh: a function of t = 1, ..., T, decided here: torch.func.grad does not pass through a branch in the graph.
-    checkpoint_every: steps per segment that is computed twice, about sqrt(T) for the least memory. The derivative then
-        reaches the lane and the batches, but not tensors that `step` has captured: put hyperparameters into the lane
-        (`with_hyper`). None keeps everything.
+    checkpoint_every: steps per segment that is computed twice, about sqrt(T) for the least memory. Several, falling,
+        are segments in segments: (T^(2/3), T^(1/3)) keeps about 3 T^(1/3) lanes. The derivative then reaches the lane
+        and the batches, but not tensors that `step` has captured: put hyperparameters into the lane (`with_hyper`).
+        None keeps everything.
 
-    Raises ValueError for no batches, for checkpoint_every < 1, and in a checkpointed segment for a captured tensor that
-    torch.func differentiates by.
+    Raises ValueError for no batches, for a checkpoint_every outside its range, and in a checkpointed segment for a
+    captured tensor that torch.func differentiates by.
     """
-    total = len(batches)
-    if not total or (checkpoint_every is not None and checkpoint_every < 1):
-        raise ValueError(f"{total} batches, checkpoint_every={checkpoint_every}: expected positive numbers")
-    if checkpoint_every is not None and functorch is None:
-        raise RuntimeError(f"checkpoint_every={checkpoint_every}: this version of torch cannot do it, expected None")
+    lengths = _lengths(checkpoint_every)
+    if not batches:
+        raise ValueError("batches: expected at least one, got none")
 
-    def segment(start: int) -> Callable[[Lane, Sequence[Any]], tuple[Lane, Metrics]]:
-        def steps(lane: Lane, batches: Sequence[Any]) -> tuple[Lane, Metrics]:
-            seen: list[Metrics] = []
-            for t, batch in enumerate(batches, start + 1):
-                lane, metrics = step(lane, batch, refresh=refresh(t) if refresh else None)
-                seen.append(metrics)
-            return lane, {name: torch.stack([m[name] for m in seen]) for name in seen[0]}
+    def run(first: int, inside: Sequence[int], lane: Lane, batches: Sequence[Any]) -> tuple[Lane, Metrics]:
+        """Steps first + 1, ..., on these batches, in segments of inside[0] steps."""
+        parts: list[Metrics] = []
+        if inside:
+            for start in range(0, len(batches), inside[0]):
+                segment = partial(run, first + start, inside[1:])
+                lane, metrics = checkpoint(segment, lane, list(batches[start : start + inside[0]]))
+                parts.append(metrics)
+            return lane, {name: torch.cat([m[name] for m in parts]) for name in parts[0]}
+        for t, batch in enumerate(batches, first + 1):
+            lane, metrics = step(lane, batch, refresh=refresh(t) if refresh else None)
+            parts.append(metrics)
+        return lane, {name: torch.stack([m[name] for m in parts]) for name in parts[0]}
 
-        return steps
+    return run(0, lengths, lane, batches)
 
+
+def _lengths(checkpoint_every: int | Sequence[int] | None) -> Sequence[int]:
+    """Steps of a segment of each level, the longest first."""
     if checkpoint_every is None:
-        return segment(0)(lane, batches)
-    parts: list[Metrics] = []
-    for start in range(0, total, checkpoint_every):
-        lane, metrics = checkpoint(segment(start), lane, list(batches[start : start + checkpoint_every]))
-        parts.append(metrics)
-    return lane, {name: torch.cat([m[name] for m in parts]) for name in parts[0]}
+        return ()
+    if functorch is None:
+        raise RuntimeError(f"checkpoint_every={checkpoint_every}: this version of torch cannot do it, expected None")
+    lengths = (checkpoint_every,) if isinstance(checkpoint_every, int) else tuple(checkpoint_every)
+    if not lengths or min(lengths) < 1 or sorted(lengths, reverse=True) != list(lengths):
+        raise ValueError(f"checkpoint_every={checkpoint_every}: expected a number of at least 1, or several that fall")
+    return lengths
 
 
 def hypergradient(
@@ -80,16 +93,34 @@ def hypergradient(
     lane: Lane,
     batches: Sequence[Any],
     wrt: Sequence[str] = ("lr",),
-    **options: Any,
+    *,
+    truncate: int | None = None,
+    refresh: Callable[[int], Refresh] | None = None,
+    checkpoint_every: int | Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """objective(lane after training), 0-d, and its derivative by the hyperparameters `wrt`, by name.
 
-    They have the values in the lane; options are those of `unroll`. Names, and KeyError, as in `sweep.with_hyper`.
+    They have the values in the lane. refresh, checkpoint_every: as in `unroll`. Names, and KeyError, as in
+    `sweep.with_hyper`.
+    truncate: differentiate through that many steps only, the last ones, at least 1: what is before them is held
+        constant. None is through all.
+
+    Raises ValueError for numbers outside these ranges, and what `unroll` raises.
     """
     values = {name: hyper(lane, name) for name in wrt}
+    if truncate is not None:
+        check_int("truncate", truncate, 1)
+    constant = 0 if truncate is None else max(len(batches) - truncate, 0)
+    if constant:
+        with torch.no_grad():
+            lane, _ = unroll(step, lane, batches[:constant], refresh=refresh)
+
+    def later(t: int) -> Refresh:
+        return refresh(t + constant) if refresh else None
 
     def trained(values: dict[str, Tensor]) -> Tensor:
-        return objective(unroll(step, with_hyper(lane, **values), batches, **options)[0])
+        start = with_hyper(lane, **values)
+        return objective(unroll(step, start, batches[constant:], refresh=later, checkpoint_every=checkpoint_every)[0])
 
     slopes, value = torch.func.grad_and_value(trained)(values)
     return value, slopes
