@@ -37,6 +37,7 @@ from hbfunc.optimizers.normuon import NorMuon, normuon
 from hbfunc.optimizers.partitioned import MatricesTo, embeddings_and_head, matrices_to
 from hbfunc.optimizers.prodigy import Prodigy, prodigy
 from hbfunc.optimizers.psgd import (
+    PSGDPRO,
     CachedDelayedPSGDKron,
     CachedPSGDKron,
     DelayedPSGD,
@@ -48,6 +49,7 @@ from hbfunc.optimizers.psgd import (
     PSGDKron,
     PurePSGD,
     psgd_kron,
+    psgd_pro,
 )
 from hbfunc.optimizers.schedule_free import ForeachSFAdamW, PaLMForeachSFAdamW, PaLMSFAdamW, SFAdamW, sfadamw
 from hbfunc.optimizers.sgd import SGD, sgd
@@ -101,6 +103,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADOPT",
     "KLSOAP",
+    "PSGDPRO",
     "SGD",
     "SOAP",
     "SOLP",
@@ -194,6 +197,7 @@ __all__ = [
     "partition",
     "prodigy",
     "psgd_kron",
+    "psgd_pro",
     "random",
     "recompute_batchnorm",
     "rmsnorm_clip",

@@ -1,11 +1,12 @@
-"""Kronecker-factored preconditioners fitted on the group of triangular matrices (PSGD-Kron).
+"""Kronecker-factored preconditioners: fitted on the group of triangular matrices (PSGD-Kron), or dense (PSGD-PRO).
 
 P = kron(Q_1^T Q_1, ..., Q_r^T Q_r) minimises E[g^T P g + v^T P^-1 v] over gradients g and normal probes v, so that
 P approaches (E[g g^T])^-1/2: a whitening, found without inverses of covariances. Li 2015, arXiv 1512.04202; Pooladzandi
 and Li 2024, arXiv 2402.04553.
 
-A tensor is a stack x [..., d1, ..., dr]. It has r factors, each upper triangular [..., d, d] or diagonal [..., d]; the
-functions that see no x are told the number of leading dimensions. Norms and maxima are taken per stacked tensor. The
+A tensor is a stack x [..., d1, ..., dr]. It has r factors, each upper triangular [..., d, d] or diagonal [..., d], or
+with dense=True a full matrix in the place of a triangle; the functions that see no x are told the number of leading
+dimensions. Norms and maxima are taken per stacked tensor. The
 caller chooses the dtype: float32 or float64.
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.autocast import own_precision
-from hbfunc.linalg.modes import map_rows, multiply, rows
+from hbfunc.linalg.modes import map_rows, multiply, outer_product, rows
 from hbfunc.linalg.triangular import (
     column_norms,
     minus_upper_times,
@@ -31,18 +32,22 @@ from hbfunc.linalg.triangular import (
 # Step sizes are relative to the curvature met. Where all gradients are zero the factors grow, and the curvature falls;
 # with this floor they stop where P is still finite in float32.
 _SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
+_NOISE = 1e-9  # below, `fit_dense` takes gradients for noise: without them P grows to the inverse of it, and no further
+_PER_STEP = 0.9  # how much of `fit_dense`'s normalization stays, where it falls
+_LARGEST_TURN = 1 / 8
 
 
 @own_precision
-def apply(qs: Sequence[Tensor], x: Tensor) -> Tensor:
+def apply(qs: Sequence[Tensor], x: Tensor, dense: bool = False) -> Tensor:
     """Precondition x [..., d1, ..., dr]: kron(Q^T Q) x."""
-    return _whiten(qs, _whiten(qs, x), transposed=True)
+    return _whiten(qs, _whiten(qs, x, dense=dense), transposed=True, dense=dense)
 
 
 @own_precision
-def gram(qs: Sequence[Tensor], lead: int = 1) -> list[Tensor]:
+def gram(qs: Sequence[Tensor], lead: int = 1, dense: bool = False) -> list[Tensor]:
     """The factors Q^T Q of P (diagonal: q^2), for `apply_gram`."""
-    return [q * q if _is_diagonal(q, lead) else times_upper(q.transpose(-2, -1), q) for q in qs]
+    times = torch.matmul if dense else times_upper
+    return [q * q if _is_diagonal(q, lead) else times(q.transpose(-2, -1), q) for q in qs]
 
 
 @own_precision
@@ -72,6 +77,28 @@ def fit(qs: Sequence[Tensor], g: Tensor, v: Tensor, precond_lr: float | Tensor) 
     a, b = _whiten(qs, g), _unwhiten(qs, v)
     lead = g.ndim - len(qs)
     return [_step(q, a, b, mode, len(qs), precond_lr, _is_diagonal(q, lead)) for mode, q in enumerate(qs)]
+
+
+@own_precision
+def fit_dense(
+    qs: Sequence[Tensor], sizes: Sequence[Tensor], g: Tensor, noise: Tensor, precond_lr: float | Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One step of dense factors towards whitening g, by products alone (PSGD-PRO, Li's psgd_torch).
+
+    With A = kron(Q^T Q) g, T its outer product along a mode, and N = numel(g) / d what the whitened T is on average:
+
+        size <- max(0.9 size + 0.1 l, l), l = |T| + N;  Q <- Q - precond_lr / size (T - N) Q
+
+    and then Q is turned a little towards a symmetric positive matrix, which leaves P as it is: see `_turned`. Diagonal
+    q <- q - precond_lr / size (T - N) q. |.| is a lower bound of the spectral norm, `sizes` [...] are 0 at first. g is
+    damped here with the normal `noise`. Returns the factors and the sizes.
+    """
+    lead = g.ndim - len(qs)
+    a = apply(qs, damp(g, noise, lead) + _NOISE * noise, dense=True)
+    fitted = [
+        _dense_step(q, size, a, mode, len(qs), precond_lr) for mode, (q, size) in enumerate(zip(qs, sizes, strict=True))
+    ]
+    return [q for q, _ in fitted], [size for _, size in fitted]
 
 
 @own_precision
@@ -129,10 +156,12 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     return packed[..., rows + torch.arange(n, device=packed.device)].triu()
 
 
-def _whiten(qs: Sequence[Tensor], x: Tensor, transposed: bool = False) -> Tensor:
+def _whiten(qs: Sequence[Tensor], x: Tensor, transposed: bool = False, dense: bool = False) -> Tensor:
     """kron(Q) x, or kron(Q^T) x."""
     lead = x.ndim - len(qs)
     times = times_upper if transposed else times_upper_transposed
+    if dense:
+        times = _times if transposed else _times_transposed
     for mode, q in enumerate(qs):
         x = x * _along(q, mode, len(qs)) if _is_diagonal(q, lead) else map_rows(partial(times, q=q), x, mode, len(qs))
     return x.contiguous()
@@ -158,6 +187,60 @@ def _step(q: Tensor, a: Tensor, b: Tensor, mode: int, order: int, lr: float | Te
     pairs = list(zip(upper_gram(ra), upper_gram(rb), strict=True))  # of T1 and T2
     norm = norm_lower_bound([ra, rb], [t1 + t2 for t1, t2 in pairs]).clamp(min=_SMALLEST)[..., None, None]
     return minus_upper_times(q, [(t1 - t2).triu() * (lr / norm) for t1, t2 in pairs])
+
+
+def _dense_step(q: Tensor, size: Tensor, a: Tensor, mode: int, order: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+    n = math.prod(a.shape[-order:]) / a.shape[mode - order]
+    if _is_diagonal(q, size.ndim):
+        t = rows(a, mode, order).square().sum(-2)
+        size = _followed(size, t.amax(-1) + n)
+        return q - lr / size[..., None] * (t - n) * q, size
+    t = outer_product(a, mode, order)
+    size = _followed(size, _norm(t) + n)
+    return _turned(q - lr / size[..., None, None] * (t @ q - n * q)), size
+
+
+def _followed(size: Tensor, now: Tensor) -> Tensor:
+    return torch.maximum(_PER_STEP * size + (1 - _PER_STEP) * now, now)
+
+
+def _turned(q: Tensor) -> Tensor:
+    """One step from q towards q's symmetric positive factor U q, with U orthogonal.
+
+    U = exp(a S) to second order, S = q^T - q, with the a that makes tr(U q) largest: the orthogonal Procrustes problem,
+    along S. a |S| is at most 1/8, and just that where the trace has no maximum.
+    """
+    s = q.transpose(-2, -1) - q
+    skew = (s != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+    sq = s @ q
+    ssq = s @ sq
+    slope, bend = (x.diagonal(0, -2, -1).sum(-1)[..., None, None] for x in (sq, ssq))
+    # Symmetric matrices stay, and have no angle; the derivatives of what is not chosen are finite.
+    most = _LARGEST_TURN / _norm(torch.where(skew, s, 1))[..., None, None]
+    bent = bend < 0
+    best = torch.minimum((-slope / torch.where(bent, bend, -1)).clamp(min=0), most)
+    a = torch.where(skew, torch.where(bent, best, most), 0)
+    return q + a * (sq + a / 2 * ssq)
+
+
+def _norm(m: Tensor) -> Tensor:
+    """A lower bound of the spectral norm of symmetric or skew m [..., n, n], as `norm_lower_bound` gives it: [...]."""
+    tiny = torch.finfo(m.dtype).tiny
+    largest = m.abs().amax((-2, -1), keepdim=True)
+    m = m / largest.clamp(min=tiny)
+    index = torch.linalg.vector_norm(m, dim=-1).argmax(-1)[..., None, None]
+    # Twice, as there.
+    y = m @ m.gather(-1, index.expand(*m.shape[:-1], 2))
+    y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp(min=tiny)
+    return (largest * torch.linalg.vector_norm(m @ y, dim=-2, keepdim=True))[..., 0, 0]
+
+
+def _times(x: Tensor, q: Tensor) -> Tensor:
+    return x @ q
+
+
+def _times_transposed(x: Tensor, q: Tensor) -> Tensor:
+    return x @ q.transpose(-2, -1)
 
 
 def _along(q: Tensor, mode: int, order: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hbfunc.optim.state import fitting
 
-_FACTOR = re.compile(r"(.*\.)?(GG|Q|QQ)_(\d+)$")
+_FACTOR = re.compile(r"(.*\.)?(GG|Q|QQ|cache|size)_(\d+)$")
 
 
 def checked_rows(old: Tensor, new: Tensor, rows: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
-"""PSGD with Kronecker factors: recipe and classes."""
+"""PSGD with Kronecker factors: recipes and classes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from hbfunc.contract import Transform, chain
 from hbfunc.optim.curvature import WithCurvature
 from hbfunc.optimizers.base import RecipeOptimizer
-from hbfunc.pipeline import Clipping, around, check_flags, recipe
+from hbfunc.pipeline import Clipping, around, check_flags, like, recipe
 from hbfunc.schedules import Number
 from hbfunc.transforms.momentum import exp_avg
 from hbfunc.transforms.psgd import scale_by_psgd
@@ -59,6 +60,12 @@ def psgd_kron(
     curvature: fit on Hessian-vector products, given to `update` as `curvature=` at every step: Newton's method.
     A number for preconditioner_update_probability is in the state too.
     """
+    choices = {
+        "max_size_triangular": max_size_triangular,
+        "min_ndim_triangular": min_ndim_triangular,
+        "memory_save_mode": memory_save_mode,
+        "q_dtype": q_dtype,
+    }
     flags = {
         "momentum_into_precond_update": momentum_into_precond_update,
         "merge_dims": merge_dims,
@@ -70,24 +77,9 @@ def psgd_kron(
         "curvature": curvature,
     }
     check_flags(**flags, exp_avg_input=exp_avg_input)
-
-    def rule(beta: Number, **numbers: Any) -> Transform:
-        fitted = scale_by_psgd(
-            **numbers,
-            **flags,
-            max_size_triangular=max_size_triangular,
-            min_ndim_triangular=min_ndim_triangular,
-            memory_save_mode=memory_save_mode,
-            q_dtype=q_dtype,
-            seed=seed,
-        )
-        moving = chain(*([exp_avg(beta)] if exp_avg_input else []), fitted, name="psgd")
-        # Without "grads" in its needs, it takes what it is given for them: after MARS and clipping, before momentum.
-        return moving._replace(needs=("refresh", "curvature"))
-
     return around(
         "psgd_kron",
-        rule,
+        _rule({**choices, **flags, "seed": seed}, exp_avg_input, ("refresh", "curvature")),
         lr=lr,
         beta=beta,
         weight_decay=weight_decay,
@@ -104,6 +96,39 @@ def psgd_kron(
         seed=seed,
         **common,
     )
+
+
+@like(psgd_kron, without=("store_triu_as_line", "curvature"))
+def psgd_pro(*, exp_avg_input: bool, seed: int | Tensor, **options: Any) -> Transform:
+    """PSGD-PRO (Li's psgd_torch, its default; 2024, arXiv 2402.11858): PSGD-Kron with dense factors, by products alone.
+
+        m <- average of g with beta, debiased;  A = P m, P = kron(Q_1^T Q_1, Q_2^T Q_2, ...);  T = A A^T along each dim
+        Q <- Q - precond_lr / size * (T - numel / d) Q, and then towards a symmetric positive matrix
+        p <- p - lr * (P m + weight_decay * p)
+
+    The arguments are those of `psgd_kron`: dims that have a triangular factor there have a dense one here. Fewer
+    kernels than there, and no triangular system is solved, for factors of twice the memory.
+    """
+    flags = {k: options.pop(k) for k in _FLAGS}
+    check_flags(**flags, exp_avg_input=exp_avg_input)
+    choices = {k: options.pop(k) for k in _CHOICES}
+    fixed = {**choices, **flags, "seed": seed, "pro": True}
+    return around("psgd_pro", _rule(fixed, exp_avg_input, ("refresh",)), seed=seed, **options)
+
+
+_CHOICES = ("max_size_triangular", "min_ndim_triangular", "memory_save_mode", "q_dtype")
+_FLAGS = ("momentum_into_precond_update", "merge_dims", "split", "stochastic_schedule", "delayed", "cached")
+
+
+def _rule(fixed: dict[str, Any], exp_avg_input: bool, needs: tuple[str, ...]) -> Callable[..., Transform]:
+    """The momentum, unless there is none, and `scale_by_psgd` with fixed options."""
+
+    def rule(beta: Number, **numbers: Any) -> Transform:
+        moving = chain(*([exp_avg(beta)] if exp_avg_input else []), scale_by_psgd(**numbers, **fixed), name="psgd")
+        # Without "grads" in its needs, it takes what it is given for them: after MARS and clipping, before momentum.
+        return moving._replace(needs=needs)
+
+    return rule
 
 
 class ForeachPSGDKron(WithCurvature, RecipeOptimizer, recipe=psgd_kron, foreach_before="q_dtype"):
@@ -144,6 +169,14 @@ class ForeachDelayedPSGD(ForeachPSGDKron, title="delayed_psgd"):
     """PSGD-Kron that applies the factors of the step before."""
 
     delayed = True
+
+
+class PSGDPRO(RecipeOptimizer, recipe=psgd_pro, foreach_before="q_dtype"):
+    """PSGD-PRO (Li's psgd_torch; 2024, arXiv 2402.11858): dense Kronecker factors, fitted by products alone."""
+
+    explained_by = (scale_by_psgd,)
+    start = "as PSGDKron"
+    update_clipping = "trust_region_clip_"
 
 
 PSGDKron = ForeachPSGDKron

@@ -1,8 +1,11 @@
-"""PSGD-Kron: a Kronecker-factored preconditioner that is learned online, without inverting a covariance.
+"""PSGD-Kron and PSGD-PRO: a Kronecker-factored preconditioner, learned online without inverting a covariance.
 
 P = kron(Q_0^T Q_0, Q_1^T Q_1, ...), with triangular or diagonal Q, is fitted to minimise E[g^T P g + v^T P^-1 v] over
 gradients g and probes v ~ N(0, I), so that P whitens gradients: P -> E[g g^T]^(-1/2). With h = H v in place of g it is
 Newton's: P -> |H|^(-1). Li 2015, arXiv 1512.04202; Pooladzandi and Li 2024, arXiv 2402.04553.
+
+PSGD-PRO has dense Q in the place of triangles, and fits them without P^-1 and without v (Li 2024, arXiv 2402.11858, and
+his psgd_torch).
 
 The factors are stacked by shape, and fitted on some steps only. All randomness is keyed. With k the key in the state
 and t a leaf's own count, from 1,
@@ -63,11 +66,15 @@ def scale_by_psgd(
     cached: bool = False,
     *,
     curvature: bool = False,
+    pro: bool = False,
     seed: int | Tensor = 0,
 ) -> Transform:
     """Precondition the updates by PSGD-Kron: u -> P u, P = kron(Q_0^T Q_0, Q_1^T Q_1, ...), one Q per dim.
 
     On some steps the factors are fitted, `hbfunc.linalg.kron.fit`, before they are applied.
+
+    pro: PSGD-PRO. The factors are dense where they would be triangular, nearly symmetric, and fitted by products
+        alone: `hbfunc.linalg.kron.fit_dense`.
 
     precond_lr: step size of the fit, at least 0.
     precond_init_scale: scale of the root of P at first, above 0: each Q starts at scale^(1/ndim) I.
@@ -97,9 +104,14 @@ def scale_by_psgd(
     who know the step (see `refresh_schedule`): same numbers, and under `torch.vmap`, where None computes a fit at every
     step, less work.
 
-    Raises ValueError or TypeError for an argument outside its range; and in `update` ValueError if `curvature` is
-    missing with curvature=True, or given without it.
+    Raises ValueError or TypeError for an argument outside its range, and TypeError for curvature=True or
+    store_triu_as_line=False with pro=True; and in `update` ValueError if `curvature` is missing with curvature=True, or
+    given without it.
     """
+    if pro and curvature:
+        raise TypeError("curvature=True with pro=True: expected one of them, dense factors are fitted on gradients")
+    if pro and not store_triu_as_line:
+        raise TypeError("store_triu_as_line=False with pro=True: nothing is triangular, leave it out")
     newton = curvature  # `update` has an argument of that name
     check_number("precond_lr", precond_lr, 0, float("inf"), open_high=True)
     check_number("precond_init_scale", precond_init_scale, 0, float("inf"), open_low=True, open_high=True)
@@ -130,7 +142,7 @@ def scale_by_psgd(
         triangular = [1 < n <= max_size_triangular and d not in diagonal for d, n in enumerate(bucket.shape)]
         dtype = compute_dtype(params[bucket.paths[0]])
         kept_in = dtype if q_dtype == "float32" else STORAGE[q_dtype]
-        return Factors(bucket, tuple(triangular), dtype, store_triu_as_line, kept_in, cached)
+        return Factors(bucket, tuple(triangular), dtype, store_triu_as_line and not pro, kept_in, cached, pro)
 
     def init(params: Leaves) -> State:
         state: State = {"count": count_zeros(params)}
@@ -193,12 +205,13 @@ def scale_by_psgd(
             flat: list[Tensor] = []
             matrices: dict[str, list[Tensor]] = {}
             for (n, f), (t_n, due_n, balanced_n) in zip(active.items(), rows, strict=True):
-                qs = kron.fit(f.load(stored[n]), kron.damp(g[n], w[n]), w[n], lr)
+                qs, sizes = f.fit(stored[n], g[n], w[n], lr)
                 early = f.low or f.cached  # what is rounded, or squared, is balanced before
                 qs = f.rounded(kron.balance(qs, where=balanced_n) if early else qs, key, t_n, updates)
                 fitted = f.store(qs)
                 if not early:  # fewer elements than those of matrices, and the same P
                     fitted = kron.balance(fitted, where=balanced_n)
+                fitted = [*fitted, *sizes]
                 if refresh is None:
                     fitted = [where(due_n, a, b) for a, b in zip(fitted, stored[n], strict=True)]
                 flat += fitted
@@ -255,7 +268,8 @@ def scale_by_psgd(
             return None  # only the state has the sum of all earlier probabilities, or the value
         return refresh_schedule(p, seed=seed, key=state.get("key"))
 
-    needs, reads = ("grads", "refresh", "curvature"), () if momentum_into_precond_update else ("grads",)
+    needs = ("grads", "refresh") if pro else ("grads", "refresh", "curvature")
+    reads = () if momentum_into_precond_update else ("grads",)
     return matrix_rule(init, update, "scale_by_psgd", needs, layout, reads=reads, refreshes=refreshes)
 
 
@@ -263,11 +277,12 @@ class Factors(NamedTuple):
     """The factors of one bucket of [k, d0, d1, ...]: what they look like, and how they are kept."""
 
     bucket: Bucket
-    triangular: tuple[bool, ...]  # [k, d, d] or [k, d]
+    triangular: tuple[bool, ...]  # [k, d, d] or [k, d]; with `dense`, full matrices
     dtype: torch.dtype  # of the computation
     packed: bool  # triangles as [k, d (d + 1) / 2]
     kept_in: torch.dtype
     cached: bool  # with Q^T Q, [k, d, d] or [k, d]
+    dense: bool  # fitted as such, with a size per factor, [k]
 
     @property
     def low(self) -> bool:
@@ -277,19 +292,27 @@ class Factors(NamedTuple):
     @property
     def fields(self) -> list[str]:
         """Names of the factors in the state."""
-        order = range(len(self.bucket.shape))
-        return [f"Q_{d}" for d in order] + [f"cache_{d}" for d in order if self.cached]
+        has = {"Q": True, "cache": self.cached, "size": self.dense}
+        return [f"{name}_{d}" for name in has if has[name] for d in range(len(self.bucket.shape))]
 
     def start(self, scale: float | Tensor, device: torch.device) -> list[Tensor]:
         k, shape = len(self.bucket.blocks), self.bucket.shape
         root = scalar(scale ** (1 / len(shape)), self.dtype, device)
         ones = [torch.ones(k, n, dtype=self.dtype, device=device) * root for n in shape]
-        return self.store([x.diag_embed() if t else x for x, t in zip(ones, self.triangular, strict=True)])
+        stored = self.store([x.diag_embed() if t else x for x, t in zip(ones, self.triangular, strict=True)])
+        return stored + [torch.zeros(k, dtype=self.dtype, device=device) for _ in shape if self.dense]
+
+    def fit(self, stored: Sequence[Tensor], g: Tensor, v: Tensor, lr: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The factors after a step of the fit, as matrices, and their sizes, which only dense ones have."""
+        qs = self.load(stored)
+        if self.dense:
+            return kron.fit_dense(qs, stored[-len(qs) :], g, v, lr)
+        return kron.fit(qs, kron.damp(g, v), v, lr), []
 
     def store(self, qs: Sequence[Tensor]) -> list[Tensor]:
         """The factors in the form in which they are kept."""
         qs = [q.to(self.kept_in) for q in qs]
-        cache = kron.gram([q.to(self.dtype) for q in qs]) if self.cached else []
+        cache = kron.gram([q.to(self.dtype) for q in qs], dense=self.dense) if self.cached else []
         return [kron.pack(q) if t and self.packed else q for q, t in zip(qs, self.triangular, strict=True)] + cache
 
     def load(self, stored: Sequence[Tensor]) -> list[Tensor]:
@@ -300,8 +323,9 @@ class Factors(NamedTuple):
     def apply(self, stored: Sequence[Tensor], x: Tensor, qs: Sequence[Tensor] | None = None) -> Tensor:
         """kron(Q^T Q) x. qs: the factors as matrices, if they are at hand, else they are loaded from `stored`."""
         if self.cached:
-            return kron.apply_gram(stored[len(stored) // 2 :], x)
-        return kron.apply(self.load(stored) if qs is None else qs, x)
+            order = len(self.bucket.shape)
+            return kron.apply_gram(stored[order : 2 * order], x)
+        return kron.apply(self.load(stored) if qs is None else qs, x, self.dense)
 
     def rounded(self, qs: Sequence[Tensor], key: Tensor, t: Tensor, leaves: Flat) -> list[Tensor]:
         """The factors in bfloat16, if they are kept so, each row rounded stochastically with its own key."""
