@@ -34,6 +34,7 @@ from hbfunc.optimizers.lion import Lion, lion
 from hbfunc.optimizers.muon import ForeachMuon, Muon, MuonLaProp, muon, muon_laprop
 from hbfunc.optimizers.nadamw import NAdam, NAdamW, nadamw
 from hbfunc.optimizers.normuon import NorMuon, normuon
+from hbfunc.optimizers.ortho_laprop import OrthoLaProp, ortho_laprop
 from hbfunc.optimizers.partitioned import MatricesTo, embeddings_and_head, matrices_to
 from hbfunc.optimizers.prodigy import Prodigy, prodigy
 from hbfunc.optimizers.psgd import (
@@ -87,6 +88,7 @@ from hbfunc.transforms.lookahead import lookahead
 from hbfunc.transforms.momentum import exp_avg, heavyball_momentum, nesterov_momentum
 from hbfunc.transforms.norms import adaptive_gradient_clip, clip_by_global_norm
 from hbfunc.transforms.orthogonal import orthogonalize
+from hbfunc.transforms.orthograd import orthograd
 from hbfunc.transforms.psgd import scale_by_psgd
 from hbfunc.transforms.schedule_free import schedule_free, schedule_free_eval_params, schedule_free_train_params
 from hbfunc.transforms.soap import scale_by_soap
@@ -134,6 +136,7 @@ __all__ = [
     "NAdam",
     "NAdamW",
     "NorMuon",
+    "OrthoLaProp",
     "PSGDKron",
     "PaLMForeachSFAdamW",
     "PaLMForeachSOAP",
@@ -192,7 +195,9 @@ __all__ = [
     "nesterov_momentum",
     "no_decay_for_vectors",
     "normuon",
+    "ortho_laprop",
     "orthogonalize",
+    "orthograd",
     "palm_beta2",
     "partition",
     "prodigy",

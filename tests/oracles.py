@@ -177,6 +177,7 @@ def run(
         if p.size == 0:
             return p
         rate = (lr(s["t"]) if callable(lr) else lr) * (min(1.0, s["t"] / warmup_steps) if warmup_steps > 0 else 1.0)
+        s["p"] = p  # for rules that look at it
         direction = rule(clip(u, gradient_clipping), s)
         if direction is None:
             return p
