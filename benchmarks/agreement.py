@@ -106,6 +106,20 @@ def _our_probes() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _in_float64() -> Iterator[None]:
+    """What a package does in bfloat16 or float32, it does in float64, and eagerly."""
+    own, eager, to = lambda x, *_, **__: x.clone(), torch.compiler.set_stance("force_eager"), Tensor.to
+
+    def stays(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        low = {torch.bfloat16, torch.float32} & {*args, *kwargs.values()}
+        return x.clone() if low and x.dtype == torch.float64 else to(x, *args, **kwargs)
+
+    patches = [mock.patch.object(Tensor, name, own) for name in ("bfloat16", "float")]
+    with patches[0], patches[1], mock.patch.object(Tensor, "to", stays), eager:
+        yield
+
+
 BETAS = (0.9, 0.99)
 PAIRS = [
     Pair(
@@ -191,10 +205,9 @@ PAIRS = [
         lambda m, ps: m.SOAP(
             ps, LR, (0.9, 0.95), 0.95, 0.0, precondition_frequency=5, max_precondition_dim=2048, eps=TINY
         ),
-        "merge_dims=False; refresh_phase=1; square leaves, whose first factors have full rank",
-        bound=1e-5,
-        why="QR in float32 there",
+        "merge_dims=False; refresh_phase=1; square leaves, whose first factors have full rank; its QR in float64",
         leaves=("square", "vector"),
+        around=_in_float64,
         rates=(1e-3, 3e-3, 1e-2, 3e-2),
     ),
     Pair(
@@ -202,12 +215,49 @@ PAIRS = [
         "muon-optimizer",
         lambda ps: hbfunc.Muon(ps, LR, (0.95, 0.99), weight_decay=0.1),
         lambda m, ps: m.SingleDeviceMuon(ps, LR, weight_decay=0.1, momentum=0.95),
-        "matrices, as convolutions are scaled by kernel height and width there",
+        "matrices, as convolutions are scaled by kernel height and width there; its bfloat16 replaced by float64",
         "muon",
-        bound=0.1,
-        why="Newton-Schulz in bfloat16 there",
+        bound=1e-6,
+        why="1e-7 is added to norms, and theirs are those of averages",
         leaves=MATRICES,
+        around=_in_float64,
         rates=(3e-3, 1e-2, 3e-2, 1e-1),
+    ),
+    *[
+        Pair(
+            f"Muon, {scale}",
+            "torch",
+            lambda ps, scale=scale: hbfunc.Muon(ps, LR, (0.95, 0.99), weight_decay=0.1, scale=scale),
+            lambda m, ps, theirs=theirs: m.optim.Muon(ps, LR, 0.1, 0.95, eps=TINY, adjust_lr_fn=theirs),
+            f"scale={scale!r} is adjust_lr_fn={theirs!r}; its bfloat16 replaced by float64",
+            bound=1e-8,
+            why="1e-7 is added to our norms",
+            leaves=MATRICES,
+            around=_in_float64,
+        )
+        for scale, theirs in (("shape", "original"), ("rms", "match_rms_adamw"))
+    ],
+    Pair(
+        "NorMuon",
+        "pytorch_optimizer",
+        lambda ps: hbfunc.NorMuon(ps, LR, (0.95, 0.95), weight_decay=0.1),
+        lambda m, ps: m.NorMuon(
+            [{"params": ps, "use_muon": True}], LR, beta2=0.95, weight_decay=0.1, eps=1e-8, foreach=False
+        ),
+        "its bfloat16 replaced by float64",
+        bound=1e-8,
+        why="1e-7 is added to norms, and theirs are those of averages",
+        leaves=("square", "wide"),
+        around=_in_float64,
+    ),
+    Pair(
+        "OrthoLaProp",
+        "pytorch_optimizer",
+        lambda ps: hbfunc.OrthoLaProp(ps, LR, BETAS, TINY),
+        lambda m, ps: m.OrthoGrad(m.LaProp(ps, LR, BETAS, eps=TINY, weight_decay=0.0, foreach=False), foreach=False),
+        "OrthoGrad around LaProp; eps 1e-30 on both sides; no weight decay",
+        bound=1e-8,
+        why="adds 1e-15 to v there, by default with step sizes in float32",
     ),
     Pair(
         "PSGDKron",

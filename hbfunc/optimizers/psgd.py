@@ -174,7 +174,7 @@ class ForeachDelayedPSGD(ForeachPSGDKron, title="delayed_psgd"):
 class PSGDPRO(RecipeOptimizer, recipe=psgd_pro, foreach_before="q_dtype"):
     """PSGD-PRO (Li's psgd_torch; 2024, arXiv 2402.11858): dense Kronecker factors, fitted by products alone."""
 
-    explained_by = (scale_by_psgd,)
+    explained_by = (scale_by_psgd, psgd_kron)
     start = "as PSGDKron"
     update_clipping = "trust_region_clip_"
 
