@@ -111,9 +111,7 @@ _NEAREST = {  # what HeavyBall 3 has here and hbfunc has not
     "apply_update": "the end of every chain",
     "identity": "hbfunc.utils.identity",
     "global_clip": "gradient_clipping, given a function of all tensors",
-    **dict.fromkeys(
-        ("WarmupGuard", "warmup_guard", "TagGuard", "SqueezeGrad"), "general_guard"
-    ),
+    **dict.fromkeys(("WarmupGuard", "warmup_guard", "TagGuard", "SqueezeGrad"), "general_guard"),
 }
 
 
