@@ -605,7 +605,7 @@ def test_a_function_that_cannot_be_recorded(monkeypatch):
     [
         (lambda state, group, update, grad, param: update[:1], "expected a list of 3 tensors"),
         (lambda state, group, update, grad, param: [u.sum() for u in update], r"params\['b'\].*expected.*\(5,\)"),
-        (lambda state, group, update, grad, param: state(torch.ones(2)), "no parameter here"),
+        (lambda state, group, update, grad, param: state(torch.ones(2)), "no parameter of this call"),
         (lambda state, group, update, grad, param: [state(p).update(x="no") for p in param], "'x' is str"),
     ],
 )

@@ -16,7 +16,7 @@
     tx = hbfunc.chain(C.as_transform(heavy), hbfunc.scale_by_learning_rate(1e-3))    # the same, as a pure transform
 
 `update`, `grad` and `param` are lists of tensors; a function may work in place or return new tensors. The predefined
-functions (`scale_by_adam`, ...) are faces of hbfunc's transforms.
+functions (`scale_by_adam`, ...) call hbfunc's transforms of the same names.
 """
 
 from hbfunc.chainable.guards import (

@@ -1,4 +1,4 @@
-"""A parameter's dict as users fill it, with numbers, lists and dicts of tensors, and as a flat dict of tensors.
+"""Conversion of a parameter's state between nested dicts and lists, as users fill it, and a flat dict of tensors.
 
 {"Q": [q0, q1], "n": 3} and {"Q.0": q0, "Q.1": q1, "n": tensor(3)}: names in the flat one are paths.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def flat(value: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors of an entry, by path; numbers become 0-dim tensors. Raises TypeError for what is neither."""
+    """The tensors of an entry, by path; numbers become 0-dim tensors. Raises TypeError for anything else."""
     if isinstance(value, Tensor):
         return {name: value}
     if isinstance(value, (bool, int, float)):
@@ -24,7 +24,7 @@ def flat(value: Any, name: str = "") -> dict[str, Tensor]:
         parts = value
         for key in value:
             if not isinstance(key, str) or "." in key or key.isdigit():
-                raise TypeError(f"state entry {name!r} has the key {key!r}: expected a str without dots, and no number")
+                raise TypeError(f"state entry {name!r} has the key {key!r}: expected a str without dots, not a number")
     else:
         raise TypeError(
             f"state entry {name!r} is {type(value).__name__}: expected tensors and numbers, or lists and dicts of them"

@@ -1,4 +1,4 @@
-"""What documented-style functions are wrapped in: guards, which declare state and hand it over as extra arguments.
+"""Guards: decorators of documented-style functions that declare state, and pass it on as extra arguments.
 
 A function is called with (state, group, update, grad, param): `state` maps a parameter to its dict, `group` is the dict
 of hyperparameters, the others are lists of tensors. It may work in place, and returns the new list of updates.
@@ -23,9 +23,9 @@ Tensors = list[Tensor]
 
 
 class SkipUpdate(ValueError):
-    """Raised by a function: leave the parameters alone this step, but keep the changes of state.
+    """Raised by a function to leave the parameters alone in this step, while changes of state are kept.
 
-    update, skipped: from guards that know which tensors are meant: the updates, and a flag for each. None: all.
+    update, skipped: the updates, and for each whether it is skipped; None skips all.
     """
 
     def __init__(self, *args: Any, update: list[Tensor] | None = None, skipped: list[Any] | None = None) -> None:
@@ -44,7 +44,7 @@ class FunctionTransform:
     def __call__(
         self, state: Any, group: Group, update: Tensors, grad: Tensors, param: Tensors, *args: Any, **kwargs: Any
     ) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+        raise NotImplementedError(f"{type(self).__name__}: expected a subclass that defines __call__")
 
     def get_fn(self) -> Callable[..., Any]:
         """The innermost function."""
@@ -112,7 +112,8 @@ class CopyGuard(FunctionTransform):
 
 
 class GeneralGuard(FunctionTransform):
-    """names: keys that `init_fn` sets, or (key, default) for one that it may leave out."""
+    """The guard of `general_guard`. names: keys that `init_fn` sets, or (key, default) for one that it may leave
+    out."""
 
     def __init__(
         self,
@@ -182,37 +183,43 @@ class NoStateNoForeach(FunctionTransform):
 
 
 def zero_guard(*names: str) -> Callable[[Callable[..., Any]], ZeroGuard]:
-    """Entries that start as zeros like the parameter, in the group's `storage_dtype`: one more list for each name."""
+    """Give a function state that starts as zeros like the parameter, in the group's `storage_dtype`: for each name one
+    more argument, a list of tensors."""
     return partial(ZeroGuard, names=names)
 
 
 def copy_guard(index: int, *names: str) -> Callable[[Callable[..., Any]], CopyGuard]:
-    """Entries that start as a copy of an argument at first sight. index: 0 update, 1 gradient, 2 parameter."""
+    """Give a function state that starts as a copy of an argument in the first step of a parameter.
+
+    index: 0 for the update, 1 for the gradient, 2 for the parameter.
+    """
     return partial(CopyGuard, index=index, names=names)
 
 
 def general_guard(
     *names: str | tuple[str, Any], init_fn: Callable[..., None], skip_first: bool = True
 ) -> Callable[[Callable[..., Any]], GeneralGuard]:
-    """Entries that `init_fn(state, group, update, grad, param, **kwargs)` puts into a parameter's dict at first sight.
+    """Give a function state that init_fn(state, group, update, grad, param, **kwargs) puts into a parameter's dict in
+    the parameter's first step.
 
-    skip_first: the step in which it does so leaves the parameter alone.
+    names: its keys, or (key, default) for one that `init_fn` may leave out. skip_first: the first step leaves the
+    parameter alone. Raises KeyError, in a step, if `init_fn` did not set a key.
     """
     return partial(GeneralGuard, names=names, init_fn=init_fn, skip_first=skip_first)
 
 
 def no_state(fn: Callable[..., Any]) -> NoState:
-    """For a function (group, update, grad, param, ...) without the state argument."""
+    """Adapt a function (group, update, grad, param, ...) that does not take the state."""
     return NoState(fn)
 
 
 def no_state_no_foreach(fn: Callable[..., Any]) -> NoStateNoForeach:
-    """For a function (group, update, grad, param, ...) of single tensors: called for one after the other."""
+    """Adapt a function (group, update, grad, param, ...) of single tensors; it is called for one after the other."""
     return NoStateNoForeach(fn)
 
 
 def entries_of(state: Any, p: Tensor) -> dict[str, Any]:
-    """The dict of a parameter: `state` is a function that gives it, or a dict of such dicts."""
+    """The dict of a parameter; `state` is a function that returns it, or a dict of such dicts."""
     return state(p) if callable(state) else state.setdefault(p, {})
 
 

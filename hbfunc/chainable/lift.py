@@ -3,10 +3,11 @@
     clip = C.as_transform(functools.partial(clip_by_global_norm, max_norm=1.0))
     tx = hbfunc.chain(clip, hbfunc.scale_by_adam(), hbfunc.scale_by_learning_rate(1e-3))
 
-Faces are not called at all: their transforms take their places. What a user's function does is collected (`parts`).
-State that it creates at first sight, from a gradient, is known only then; but the state of a transform is complete from
-the start. So `init` finds names and shapes with made-up gradients, and the first step of a parameter runs the functions
-on empty dicts. Where a graph cannot know which step it is, both are run, and one is selected, parameter by parameter.
+Predefined functions (`Face`) are not called: their transforms take their places. The effects of a user's function are
+collected (`parts`). Such a function may create its state in the first step, from the gradient, while the state of a
+transform is complete from the start. So `init` finds names and shapes with made-up gradients, and the first step of a
+parameter runs the functions on empty dicts. A graph that cannot know which step it is runs both ways, and selects one,
+parameter by parameter.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ NUMBERS = (
 
 @remembered
 def as_transform(*functions: Function, **group: Any) -> Transform:
-    """The functions, documented ones and a user's own, as one Transform, which is pure even where they work in place.
+    """Make one Transform of functions, predefined ones and your own. It is pure even if they work in place.
 
     group: hyperparameters; the numbers are in the state, as with `with_hyperparameters`. The functions read them, and
     group["step"], the number of steps so far, from 1, as 0-dim tensors.
 
     The updates are those after the last function: learning rate and weight decay are left to the chain that the
     transform is in, also those of `update_by_*`, which must come last; but `update_by_schedule_free` is a whole step. A
-    parameter that a function skips (`SkipUpdate`) has a zero update, or what the function itself did to it in place.
-    Raises TypeError for what is no function, ValueError for an `update_by_*` that is not the last.
+    parameter that a function skips (`SkipUpdate`) has a zero update, or the change that the function made in place.
+    Raises TypeError for an argument that is not a function, ValueError for an `update_by_*` that is not the last.
     """
     numbers, choices = split(group)
     program = Program(functions, choices)
@@ -62,7 +63,7 @@ def as_transform(*functions: Function, **group: Any) -> Transform:
 
 
 def split(group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The numbers of a group, with betas as beta1 and beta2, and the choices."""
+    """Split a group into its numbers, with betas as beta1 and beta2, and its other options."""
     numbers: dict[str, Any] = {}
     for k, v in group.items():
         if k == "betas":
@@ -73,7 +74,7 @@ def split(group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def joined(choices: Mapping[str, Any], numbers: Mapping[str, Any], betas: bool) -> dict[str, Any]:
-    """The inverse of `split`. betas: whether the group has some."""
+    """Put a group together again, the inverse of `split`. betas: whether the group has "betas"."""
     group = {**choices, **numbers}
     return {**group, "betas": (group.pop("beta1"), group.pop("beta2"))} if betas else group
 
@@ -83,17 +84,17 @@ def _as_float(value: Any) -> Any:
 
 
 class World:
-    """What functions see as the dicts of some parameters: those of the state, or, at first sight, empty ones."""
+    """The dicts of parameters that functions see: those in the state or, in a first step, empty ones."""
 
     def __init__(self, fresh: bool, entries: dict[str, Flat]) -> None:
         self.fresh, self.entries = fresh, entries
 
 
 class Run:
-    """One step of one chain: what its functions share besides the update.
+    """The data that the functions of a chain share in one step, besides the update.
 
-    group: hyperparameters, where numbers may be schedules. params: with what functions did to them in place. worlds: if
-    two have a parameter, `first` selects.
+    group: hyperparameters; numbers may be schedules. params: the parameters, with the changes that functions made in
+    place. worlds: if two of them have a parameter, `first` selects.
     """
 
     def __init__(self, group: dict[str, Any]) -> None:
@@ -106,7 +107,7 @@ class Run:
         self.skipped: Flat = {}
 
     def numbers(self) -> dict[str, Any]:
-        """The numbers of the group as functions see them: the values of this step, as tensors; and the step."""
+        """The numbers of the group in this step, and "step", as the tensors that functions see."""
         device = next(iter(self.params.values())).device
         double = any(p.dtype == torch.float64 for p in self.params.values())
         step = torch.as_tensor(self.step, device=device)
@@ -121,7 +122,7 @@ class Run:
         return {**shown, "step": step}
 
     def call(self, do: Callable[[dict[str, Any]], dict[str, Any]], updates: Flat) -> Flat:
-        """Run a function: its updates."""
+        """Run a function, and return its updates."""
         given = {"update": updates, "grad": self.grads, "param": self.params}
         group = self.numbers()
         device = group["step"].device
@@ -134,7 +135,7 @@ class Run:
             outcomes.append((world, returned))
 
         def merged(what: str, otherwise: Callable[[str], Tensor]) -> Flat:
-            """The results called `what`, of all parameters for which any world has something."""
+            """The results called `what` of all parameters for which a world has one."""
             results: Flat = {}
             for k in dict.fromkeys(k for _, result in outcomes for k in result[what]):
                 values = [result[what].get(k, otherwise(k)) for world, result in outcomes if k in world.entries]
@@ -153,7 +154,7 @@ class Run:
 
 
 class Program:
-    """Functions in the documented style, ready to be parts of a pure transform. choices: of the group, no numbers."""
+    """Functions in the documented style as parts of a pure transform. choices: the group's options but numbers."""
 
     def __init__(self, functions: Sequence[Function], choices: Mapping[str, Any]) -> None:
         choices = {**choices, "storage_dtype": "float32"}  # they compute in full; `with_storage` stores in less
@@ -169,15 +170,15 @@ class Program:
         )
 
     def transforms(self, run: Run) -> list[Transform]:
-        """The transforms of the documented functions, for what is true of them."""
+        """The transforms of the predefined functions, for their flags."""
         parts = [(part.face, part.options) for part in self.parts]
         return [face.transform(run.group, **options) for face, options in parts if face is not None]
 
     def elements(self, run: Run, ending: Ending | None = None) -> list[Transform]:
-        """A transform for each part.
+        """Make a transform for each part.
 
-        ending: what follows the transform of an update_by_* that is not the last, to move the parameters. With it, the
-        last one's is left to what follows the elements.
+        ending: the transform that follows an update_by_* which is not the last part, to move the parameters. The step
+        of the last part is then left to the caller.
         """
         elements = [t for i in range(len(self.parts)) for t in self._element(i, run, ending)]
         if not _fits_curvature(self.transforms(run)):
@@ -203,7 +204,7 @@ class Program:
         return [_applied(chain(scaled, *ending(face), name=part.name), run)]
 
     def whole(self, run: Run, inner: Transform) -> Transform:
-        """`inner`, a chain with the elements, with the state of the users' functions around it."""
+        """Wrap `inner`, a chain of the elements, with the state of the user's functions."""
         if self.plain:
             return inner
 
@@ -242,7 +243,7 @@ class Program:
         return wrap(inner, init, update, inside="", needs=needs, refreshes=refreshes, elementwise=False, leafwise=False)
 
     def begin(self, run: Run, count: Flat, functions: Mapping[str, Flat], refresh: Any) -> None:
-        """Make the worlds. Where refresh tells, the first step is known; but PSGD's does not tell."""
+        """Make the worlds. `refresh` tells whether this is the first step, unless it is PSGD's."""
         stored = {k: {name: values[k] for name, values in functions.items() if k in values} for k in count}
         nothing: dict[str, Flat] = {k: {} for k in count}
         if known_first(self.parts, functions):
@@ -260,7 +261,7 @@ class Program:
 
 
 def _fits_curvature(transforms: Iterable[Transform]) -> bool:
-    """Whether one is PSGD's: its refreshes do not tell the first step from others."""
+    """Whether one of the transforms is PSGD's, whose `refresh` does not tell the first step from others."""
     return any("curvature" in t.needs for t in transforms)
 
 
@@ -270,7 +271,7 @@ def known_first(parts: Iterable[Part], names: Iterable[str]) -> bool:
 
 
 def collected(functions: Mapping[str, Flat], run: Run) -> dict[str, Flat]:
-    """The entries after a step. Raises ValueError where a function has changed their names or shapes."""
+    """The entries after a step. Raises ValueError if a function has changed their names or shapes."""
     new = {name: dict(values_before) for name, values_before in functions.items()}
     for k in run.params:
         entries_of_worlds = [world.entries[k] for world in run.worlds if k in world.entries]
@@ -289,7 +290,7 @@ def collected(functions: Mapping[str, Flat], run: Run) -> dict[str, Flat]:
 
 
 def late(run: Run, make: Callable[[dict[str, Any]], Transform]) -> Transform:
-    """The transform of the group as it is when its turn comes: functions before it may have changed that."""
+    """A transform that is made when its turn comes, since earlier functions may have changed the group."""
     return make(run.group)._replace(
         init=lambda params: make(run.group).init(params),
         update=lambda state, updates, params, **extras: make(run.group).update(state, updates, params, **extras),
@@ -297,7 +298,7 @@ def late(run: Run, make: Callable[[dict[str, Any]], Transform]) -> Transform:
 
 
 def settled(run: Run) -> Transform:
-    """After the functions: parameters that are to be skipped have no update, or what was done to them in place."""
+    """A transform behind the functions: parameters that are skipped get a zero update, or the change made in place."""
 
     def update(state: State, updates: Flat, params: Leaves) -> tuple[Flat, State]:
         new = dict(updates)
@@ -313,7 +314,7 @@ def settled(run: Run) -> Transform:
 
 
 def _applied(inner: Transform, run: Run) -> Transform:
-    """Step the parameters by the updates of `inner`, and hand on the updates as they came."""
+    """Step the parameters by the updates of `inner`, and pass the incoming updates on."""
 
     def update(state: State, updates: Flat, params: Leaves, **extras: Any) -> tuple[Flat, State]:
         moves, state = inner.update(state, updates, Leaves({**params, **run.params}), **extras)
@@ -327,7 +328,7 @@ def _applied(inner: Transform, run: Run) -> Transform:
 
 
 def _with_palm(run: Run) -> Transform:
-    """`palm_beta2`: for the functions that follow, beta2 is a schedule of each parameter's own count."""
+    """The transform for `palm_beta2`: it makes beta2 a schedule of each parameter's count, for later functions."""
 
     def update(state: State, updates: Flat, params: Leaves) -> tuple[Flat, State]:
         run.group["betas"] = (run.group["betas"][0], palm_beta2(run.group.get("beta2_scale", 0.8)))
@@ -337,7 +338,7 @@ def _with_palm(run: Run) -> Transform:
 
 
 def _rebuilt(rule: Callable[[], Transform]) -> Transform:
-    """`rule()`, made anew for each call: a run is of one step."""
+    """A transform that calls `rule()` anew for each init and update, because a Run is of one step."""
     return rule()._replace(
         init=lambda params: rule().init(params),
         update=lambda state, updates, params, **extras: rule().update(state, updates, params, **extras),

@@ -34,8 +34,8 @@ str_or_fn = str | Callable[..., Any] | None
 
 
 def chain(state: Any, group: Group, grad: list[Tensor], param: list[Tensor], *fns: Function) -> None:
-    """Run the functions on clones of the gradients, then step `param` in place, with the group's lr, weight_decay and
-    caution. A function that returns None ends the step there.
+    """Run functions by hand: on clones of the gradients, then step `param` in place with the group's lr, weight_decay
+    and caution. If a function returns None, the step ends there.
 
     state: a function from a parameter to its dict, or a dict of such dicts.
     """
@@ -65,7 +65,7 @@ def chain(state: Any, group: Group, grad: list[Tensor], param: list[Tensor], *fn
 
 @Face
 def _step(group: Group, first_step_moves: bool) -> Transform:
-    """What `chain` ends in."""
+    """The transform at the end of `chain`, which moves the parameters."""
     return chain_(*ending(group, first_step_moves))
 
 
@@ -107,12 +107,12 @@ class ChainOpt(StatefulOptimizer):
         return (palm_beta2, *self.fns) if group.get("palm") else self.fns
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What the functions and the step around them know of a param group, and the settings of `hbfunc.utils`."""
+        """The options of a param group that the functions and the step use, and settings of `hbfunc.utils`."""
         settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
         return {**settings, **{k: v for k, v in with_schedules(group).items() if k not in _NO_OPTIONS}}
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What shapes the graph of a group besides its parameters: every option that is not a number."""
+        """Everything of a group that shapes its graph, besides its parameters: every option that is not a number."""
         numbers, choices = split(self.options(group))
         kinds = {k: _kind(v) for k, v in numbers.items()}
         return group["foreach"], kinds, choices
@@ -129,7 +129,7 @@ class ChainOpt(StatefulOptimizer):
         super()._checked(group, names)
 
     def transform(self, group: dict[str, Any]) -> Transform:
-        """The chain of a param group: what comes before the functions, these, and the step."""
+        """The chain of a param group: clipping and MARS, the functions, and the step."""
         if "lr" not in group:
             raise ValueError("defaults have no 'lr': expected the learning rate of the step after the functions")
         numbers, choices = split(self.options(group))
@@ -187,14 +187,14 @@ _NO_OPTIONS = ("params", "param_names", "rule", "foreach", "train_mode", "palm",
 
 
 def _kind(number: Any) -> Any:
-    """A number of a group as it shapes the graph."""
+    """The kind of a number in a group, which shapes the graph."""
     if isinstance(number, ParametricSchedule):
         return number.form
     return number if callable(number) and not isinstance(number, Tensor) else "number"
 
 
 def _ending(run: Run, face: Face | None, first_step_moves: bool | None = None) -> list[Transform]:
-    """From the update of the functions, or of `face`, to the change of the parameters."""
+    """The transform from the update of the functions, or of `face`, to the change of the parameters."""
     moves = first_step_moves
     if moves is None:
         moves = face is None or face.transform(run.group).first_step_moves
@@ -213,9 +213,10 @@ class BaseOpt(ChainOpt):
     """A ChainOpt with clipping before and after the functions, and PaLM's beta2.
 
     gradient_clipping, update_clipping: a documented name, a function of a list of tensors, None, or `use_default` for
-    the class attribute. palm: the functions see `palm_beta2`'s betas.
-    compile_step: whether the step is compiled, as `utils.compile_mode` says. promote: changes nothing, gradients are
-    float32 at least in any case. auto_fuse: neither; update_by_* and scale_by_* give the same numbers.
+    the class attribute. palm: put `palm_beta2` before the functions.
+    compile_step: whether the step is compiled, as `utils.compile_mode` says.
+    promote: has no effect, since gradients are promoted to float32 in any case.
+    auto_fuse: has no effect, since update_by_* and scale_by_* give the same numbers.
     Raises ValueError without functions.
     """
 

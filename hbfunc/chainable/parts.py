@@ -1,8 +1,8 @@
-"""The functions of a chain, run one by one as pure functions of their arguments.
+"""Running the functions of a chain one by one, as pure functions of their arguments.
 
-A function works in place and fills dicts, so it is given copies, and what it did to them is collected: the update, the
-entries of the parameters' dicts, changes of the group and of the parameters, and whether the update is to be skipped.
-torch.compile records what it does to tensors, and does not look at its Python (`nonstrict_trace`).
+A function works in place and fills dicts, so it gets copies, and its effects are collected: the update, the entries of
+the parameters' dicts, changes of the group and of the parameters, and whether the update is to be skipped.
+torch.compile records its tensor operations, and does not look at its Python (`nonstrict_trace`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Call = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Part(NamedTuple):
-    """A function of a chain. space: the dict within a parameter's that is its own; "": the common one."""
+    """A function of a chain. space: the key of its own dict within a parameter's dict; "" for the common one."""
 
     function: Function
     space: str
 
     @property
     def base(self) -> Any:
-        """Without functools.partial."""
+        """The function without functools.partial."""
         return self.function.func if isinstance(self.function, partial) else self.function
 
     @property
@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments of a face that were given beside the group."""
+        """The keyword arguments bound to a predefined function."""
         return self.function.keywords if isinstance(self.function, partial) else {}
 
     @property
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
     @property
     def own(self) -> bool:
-        """Whether the user wrote it."""
+        """Whether it is a user's own function."""
         return self.face is None and not self.palm
 
     def declared(self) -> set[str]:
@@ -69,21 +69,22 @@ class Part(NamedTuple):
         return {f"{self.space}.{name}" if self.space else name for name in names}
 
     def spaced(self, state: Callable[[Tensor], dict[str, Any]]) -> Callable[[Tensor], dict[str, Any]]:
-        """What the function sees as `state`."""
+        """The `state` that the function gets."""
         if not self.space:
             return state
         return lambda p: state(p).setdefault(self.space, type(state(p))())
 
 
 def name_of(function: Function) -> str:
-    """What a function is called."""
+    """The name of a function, for entries and errors."""
     if isinstance(function, partial):
         return name_of(function.func)
     return function.fn_name if isinstance(function, FunctionTransform) else getattr(function, "__name__", "function")
 
 
 def parts_of(functions: Sequence[Function]) -> list[Part]:
-    """The functions, each with a space of its own if one before it has the same name, or fills the same entries."""
+    """Make the parts; a function gets a space of its own if an earlier one has the same name, or fills the same
+    entries."""
     parts: list[Part] = []
     seen: list[str] = []
     for function in functions:
@@ -97,7 +98,7 @@ def parts_of(functions: Sequence[Function]) -> list[Part]:
 
 
 def _filled(function: Function) -> Iterator[str]:
-    """The keys that general_guards set."""
+    """The keys that the general_guards of a function set."""
     while isinstance(function, (FunctionTransform, partial)):
         if isinstance(function, GeneralGuard):
             yield from (name if isinstance(name, str) else name[0] for name in function.names)
@@ -105,7 +106,7 @@ def _filled(function: Function) -> Iterator[str]:
 
 
 def traceable(call: Call) -> Call:
-    """A function of nested dicts of tensors, of which torch.compile records the tensor operations only."""
+    """Wrap a function of nested dicts of tensors so that torch.compile records its tensor operations only."""
     if torch.compiler.is_dynamo_compiling():
         return call
 
@@ -117,10 +118,10 @@ def traceable(call: Call) -> Call:
 
 
 def outcome(part: Part, choices: Mapping[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a function does.
+    """Call a function on copies, and return its effects.
 
-    inputs: update, grad, param: tensors by path; entries: flat dicts by path; group: numbers, as tensors.
-    The same comes back, of param and group what has changed, and skipped: flags by path, none if all are False.
+    inputs: update, grad and param, tensors by path; entries, flat dicts by path; group, numbers as tensors.
+    Returns the same keys, with only the changes of param and group; and "skipped", flags by path, {} if all are False.
     """
     result = both_sides(partial(_once, part, choices, inputs))
     skipped = result["skipped"]
@@ -163,12 +164,14 @@ def _once(part: Part, choices: Mapping[str, Any], inputs: dict[str, Any]) -> dic
 def _called(
     part: Part, stored: dict[str, Any], group: Group, update: Tensors, grad: Tensors, param: Tensors
 ) -> tuple[Sequence[Tensor], list[Any]]:
-    """The updates, and for each whether it is to be skipped. A function that returns None skips all."""
+    """Call a function; returns the updates, and for each whether it is skipped. Returning None skips all."""
     of = {id(p): entries for p, entries in zip(param, stored.values(), strict=True)}
 
     def state(p: Tensor) -> dict[str, Any]:
         if id(p) not in of:
-            raise KeyError(f"{part.name} asks for the state of a tensor of shape {tuple(p.shape)}, no parameter here")
+            raise KeyError(
+                f"{part.name} asks for the state of a tensor of shape {tuple(p.shape)}, no parameter of this call"
+            )
         return of[id(p)]
 
     everything = [True] * len(param)
@@ -191,7 +194,7 @@ def _like(part: Part, path: str, x: Any, like: Tensor) -> Tensor:
 
 
 def first_entries(parts: Sequence[Part], choices: Mapping[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """The entries that the functions create at first sight, by path, for made-up gradients."""
+    """The entries that the functions create in a first step, by path, for made-up gradients."""
     return both_sides(partial(_first_entries, parts, choices, inputs))
 
 

@@ -1,4 +1,4 @@
-"""Functions that have some of the parameters each, or the same gradients as others: HeavyBall 3's Route and Parallel.
+"""Route and Parallel, as in HeavyBall 3: different functions for different parameters, or several for the same.
 
 muon = [C.nesterov_momentum, C.orthogonalize_update]
 both = C.route((lambda p: p.ndim >= 2, muon), default=C.scale_by_adam)
@@ -21,10 +21,11 @@ Functions = Function | Sequence[Function] | None
 
 
 class Route:
-    """A function of a chain: each parameter goes through the functions of the first route whose predicate it fulfils.
+    """A function of a chain that sends each parameter through the functions of the first route that takes it.
 
-    routes: (predicate of a parameter, functions). default: the functions of the others; None leaves their updates.
-    Raises TypeError for what is no such pair, ValueError for an update_by_*, which steps by itself.
+    routes: pairs (predicate of a parameter, functions). default: the functions for all other parameters; None leaves
+    their updates as they are.
+    Raises TypeError for a route that is not such a pair, ValueError for an update_by_*, which steps by itself.
     """
 
     def __init__(self, *routes: tuple[Predicate, Functions], default: Functions = None) -> None:
@@ -49,8 +50,8 @@ class Route:
 
 
 class Parallel:
-    """A function of a chain: each branch, a list of functions, gets the same updates; `merge_fn` of the list of their
-    results, lists of tensors, is the update. An update that one of them skips is skipped.
+    """A function of a chain that gives the same updates to several branches, lists of functions, and merges the
+    results: merge_fn(list of their results, which are lists of tensors). An update that a branch skips is skipped.
     """
 
     def __init__(self, branches: Sequence[Functions], merge_fn: Callable[[list[list[Tensor]]], list[Tensor]]) -> None:
@@ -68,7 +69,7 @@ class Parallel:
 
 
 def route(*routes: tuple[Predicate, Functions], default: Functions = None) -> Route:
-    """See `Route`."""
+    """Make a `Route`."""
     return Route(*routes, default=default)
 
 
@@ -83,7 +84,7 @@ def _parts(functions: Functions) -> list[Part]:
 
 
 def _apart(space: str, state: Any) -> Callable[[Tensor], dict[str, Any]]:
-    """A dict of their own for the functions of one route, in that of a parameter."""
+    """Give the functions of one route a dict of their own within a parameter's dict."""
 
     def own(p: Tensor) -> dict[str, Any]:
         entries = entries_of(state, p)

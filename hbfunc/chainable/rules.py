@@ -1,4 +1,4 @@
-"""The predefined functions: each is the face of a transform, and holds no mathematics of its own.
+"""The predefined functions: each is a `Face` of a transform, and has no mathematics of its own.
 
 Called in the documented style, a face reads the hyperparameters of the group, runs the pure transform, and keeps its
 state in the dicts of the parameters. In an optimizer or a lifted chain the transform itself is used (`Face.transform`).
@@ -27,7 +27,7 @@ from hbfunc.transforms.schedule_free import schedule_free
 
 
 class Face(FunctionTransform):
-    """The documented name of a transform. fn: (group, **options) -> Transform."""
+    """A function in the documented style that calls a transform. fn: (group, **options) -> Transform."""
 
     def transform(self, group: Group, **options: Any) -> Transform:
         """The transform with the hyperparameters of a group."""
@@ -39,7 +39,7 @@ class Face(FunctionTransform):
         return self.run(self.transform(group, **kwargs), state, update, grad, param)
 
     def run(self, transform: Transform, state: Any, update: Tensors, grad: Tensors, param: Tensors) -> list[Tensor]:
-        """The transform's updates; its state is taken from the dicts of the parameters, and put back."""
+        """Run the transform on state from the dicts of the parameters, put the new state back; returns the updates."""
         paths = [str(i) for i in range(len(param))]
         leaves = Leaves(zip(paths, param, strict=True))
         entries = {path: entries_of(state, p) for path, p in leaves.items()}
@@ -80,13 +80,13 @@ class UpdateBy(Face):
         raise SkipUpdate(f"{self.fn_name} has moved the parameters")
 
     def whole(self, group: Group, **options: Any) -> list[Transform]:
-        """The transform, and what follows it."""
+        """The transform with the step behind it."""
         scaled = self.transform(group, **options)
         return [scaled, *ending(group, scaled.first_step_moves)]
 
 
 class ScheduleFreeFace(UpdateBy):
-    """Schedule-Free's step in place of the learning rate's."""
+    """A face that steps by Schedule-Free in place of a learning rate."""
 
     def __init__(self, fn: Callable[..., Transform]) -> None:
         super().__init__("update_by_schedule_free", Face(fn))
@@ -98,24 +98,24 @@ class ScheduleFreeFace(UpdateBy):
 
 
 class PalmBeta2(float):
-    """beta2 of the step at hand, for who reads the group; `decay` is the schedule, which averages must not debias."""
+    """beta2 of this step, for functions that read the group; `decay` is the schedule, not debiased in averages."""
 
     decay: Decay
 
 
 def ending(group: Group, first_step_moves: bool = True) -> list[Transform]:
-    """From the update to the change of the parameters."""
+    """The transform from the update to the change of the parameters."""
     rate = steps.scale_by_learning_rate(group["lr"])
     return [*agreeing(group), decayed(group, first_step_moves), rate, round_to_parameters(group.get("seed", 0))]
 
 
 def agreeing(group: Group) -> list[Transform]:
-    """Caution, where the group asks for it."""
+    """The transform `caution` if the group asks for it, else the identity."""
     return [caution(group.get("caution_scaling", utils.caution_scaling))] if group.get("caution") else []
 
 
 def decayed(group: Group, first_step_moves: bool = True) -> Transform:
-    """Weight decay, from the first step on that moves."""
+    """The transform of weight decay, which begins with the first step that moves the parameter."""
     decay = group.get("weight_decay", 0.0)
     return steps.add_decayed_weights(decay if first_step_moves else after_first(decay))
 
@@ -125,7 +125,7 @@ def _computed(tensors: Sequence[Tensor], leaves: Leaves) -> dict[str, Tensor]:
 
 
 def _given(group: Group, *names: str, **options: Any) -> dict[str, Any]:
-    """The arguments of a transform that the group has: betas under the names beta1 and beta2, or `beta` for either."""
+    """The arguments for a transform that the group has: betas as beta1 and beta2, or one of them as `beta`."""
     betas = {}
     if "betas" in group:
         first, second = group["betas"]
@@ -181,7 +181,7 @@ def scale_by_adopt(group: Group) -> Transform:
 
 @Face
 def orthogonalize_update(group: Group) -> Transform:
-    """Muon's orthogonalisation, by the method `utils.zeroth_power_mode`."""
+    """Muon's orthogonalization, by the method `utils.zeroth_power_mode`."""
     return orthogonal.orthogonalize(group.get("orthogonalizer", utils.zeroth_power_mode))
 
 
@@ -244,8 +244,8 @@ def update_by_schedule_free(group: Group) -> Transform:
 
 
 def palm_beta2(state: Any, group: Group, update: Tensors, grad: Tensors, param: Tensors) -> Tensors:
-    """For the functions that follow, betas[1] becomes 1 - step^(-beta2_scale) (Chowdhery et al. 2022), as it is: an
-    average that it drives is not debiased again. Reads group["step"], from 1, and group["beta2_scale"]."""
+    """Set betas[1] to 1 - step^(-beta2_scale) for the functions that follow (PaLM, Chowdhery et al. 2022); averages
+    with it are not debiased again. Reads group["step"], from 1, and group["beta2_scale"]."""
     schedule = palm_schedule(group.get("beta2_scale", 0.8))
     beta2 = PalmBeta2(schedule(torch.as_tensor(group["step"], dtype=torch.float64)))
     beta2.decay = schedule

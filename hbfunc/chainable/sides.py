@@ -1,4 +1,4 @@
-"""Python's `if` on a tensor whose value is not known: both sides are computed, and the right one is selected.
+"""Both sides of a Python `if` on a tensor whose value is not known are computed, and the right one is selected.
 
 A function such as
 
@@ -31,7 +31,8 @@ MAX_QUESTIONS, MAX_PATHS = 16, 64
 
 
 class _Answers(TorchFunctionMode):
-    """Answers the questions for truth that have no answer as planned, then with True, and takes note of them."""
+    """A mode that answers bool(tensor), if there is no answer, as planned and then with True, and records the
+    tensors."""
 
     def __init__(self, planned: Sequence[bool]) -> None:
         super().__init__()
@@ -60,9 +61,9 @@ _TOO_MANY = (
 
 
 def both_sides(call: Callable[[], T]) -> T:
-    """call(), a pure function whose results are nested dicts, lists and tuples of tensors and numbers.
+    """Evaluate call(), a pure function that returns nested dicts, lists and tuples of tensors and numbers.
 
-    Raises RuntimeError for too many `if`s, ValueError when the sides of one return different things.
+    Raises RuntimeError for too many `if`s, ValueError if the sides of one return different kinds or shapes.
     """
     if torch.compiler.is_dynamo_compiling():
         return call()
@@ -82,7 +83,7 @@ def _explored(call: Callable[[], T], planned: tuple[bool, ...], paths: list[int]
 
 
 def select(condition: Tensor, a: Any, b: Any) -> Any:
-    """a where the condition holds, else b, over nested dicts, lists and tuples of tensors and numbers."""
+    """Select `a` where the condition holds, else `b`, over nested dicts, lists and tuples of tensors and numbers."""
     if a is b:
         return a
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
@@ -105,7 +106,7 @@ def select(condition: Tensor, a: Any, b: Any) -> Any:
 
 
 def both_sides_in_place(call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """call(*arguments), for a function that may work in place on its arguments."""
+    """Evaluate call(*arguments) as `both_sides` does, for a function that may change its arguments in place."""
     if torch.compiler.is_dynamo_compiling() or (detect_fake_mode() is None and not mapped()):
         return call(*arguments)
 
@@ -126,13 +127,13 @@ def both_sides_in_place(call: Callable[..., Any], arguments: Sequence[Any]) -> A
 
 
 def untouched(copy: Tensor) -> bool:
-    """Whether nothing was written into a tensor of `clones`. Under torch.vmap one cannot tell."""
+    """Whether nothing was written into a tensor of `clones`; False under torch.vmap, where it is not known."""
     return not (torch.compiler.is_dynamo_compiling() or mapped()) and copy._version == 0
 
 
 def clones(tree: Any) -> Any:
-    """A copy of nested dicts and lists of tensors. Under torch.vmap, where a tensor that all lanes share could not take
-    a lane's value in place, every lane gets its own."""
+    """Copy nested dicts and lists of tensors. Under torch.vmap every lane gets its own copy, because a tensor shared by
+    all lanes could not take a lane's value in place."""
     flags = [x.reshape(-1)[:1].any() for x in tensors_in(tree) if x.numel()] if mapped() else []
     never = None
     for flag in flags:

@@ -25,14 +25,14 @@ def scale_by_ademamix(
     eps: float | Tensor = 1e-8,
     warmup_alpha: int = 0,
 ) -> Transform:
-    """Adam with a second, slow momentum (Pagliardini et al. 2024, arXiv 2409.03137).
+    """AdEMAMix's rule (Pagliardini et al. 2024, arXiv 2409.03137): Adam with a second, slow momentum.
 
         m1, v <- debiased averages of u and u^2 with beta1 and beta2;  m2 <- beta3 * m2 + (1 - beta3) * u, from 0
         (m1 + alpha * m2) / max(sqrt(v), eps)
 
     warmup_alpha: over that many steps alpha rises from 0, linearly, and the half-life of m2 from that of beta1.
-    Raises ValueError for a beta outside [0, 1), a negative alpha or eps, a `warmup_alpha` that is no int of at least 0,
-    and, with it, a beta1 or beta3 of 0, whose half-lives are 0.
+    Raises ValueError for a beta outside [0, 1), a negative alpha or eps, a `warmup_alpha` that is not an int of at
+    least 0, and, with it, a beta1 or beta3 of 0, whose half-lives are 0.
     """
     check_adam(beta1, beta2, eps)
     check_number("beta3", beta3, 0, 1, open_high=True)

@@ -1,4 +1,4 @@
-"""A class from a recipe: signature, defaults and names of the options are the recipe's.
+"""RecipeOptimizer, which makes a class of a recipe: signature, defaults and names of the options are the recipe's.
 
 class Lion(RecipeOptimizer, recipe=lion):
     \"""Lion (Chen et al. 2023, arXiv 2302.06675).\"""
@@ -103,7 +103,7 @@ class RecipeOptimizer(BaseOpt):
 
     @classmethod
     def functional(cls, **options: Any) -> Transform:
-        """The functional twin: the recipe, with the class attributes for its defaults."""
+        """The recipe's transform with these options, and the class attributes as defaults."""
         defaults = {k: getattr(cls, k) for k in cls.options_of_recipe if _has_attribute(cls, k)}
         return cls.recipe(**{**defaults, **options})
 
@@ -112,12 +112,12 @@ class RecipeOptimizer(BaseOpt):
         return type(self).recipe(**self.options(group))
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What is passed to the recipe: its options in a param group, and the settings of `hbfunc.utils`."""
+        """The arguments for the recipe: its options in a param group, and settings of `hbfunc.utils`."""
         return {**self.settings(), **{k: v for k, v in with_schedules(group).items() if k in self.options_of_recipe}}
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
-        """What the recipe takes from `hbfunc.utils`, as it is now."""
+        """The arguments that the recipe takes from `hbfunc.utils`, with their present values."""
         every = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
         return {k: v for k, v in every.items() if k in cls.options_of_recipe}
 
@@ -127,8 +127,8 @@ class RecipeOptimizer(BaseOpt):
         return cls._arguments.parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the base class. Raises TypeError too for an option that other classes have and this one has not, unless it
-        is off."""
+        """Add a param group, as in torch.optim. Raises TypeError for an option that other classes have and this one has
+        not, unless it is off; for other errors see the base class."""
         known = self._arguments.parameters
         if "multi_tensor" in param_group:
             param_group, _ = translated(param_group, {*known, *param_group})
@@ -138,13 +138,13 @@ class RecipeOptimizer(BaseOpt):
         super().add_param_group(param_group)
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
-        """As the base class; None for a number that the recipe does not take from outside."""
+        """The value of a hyperparameter of the state in a param group; None if it is not an option of the recipe."""
         option = name.partition(".")[0]  # of a schedule, whose number this is
         known = option in self.options_of_recipe or option.rstrip("123") + "s" in self.options_of_recipe
         return super().hyperparameter(group, name) if known else None
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What shapes the graph of a group besides its parameters: every option that is not a number."""
+        """Everything of a group that shapes its graph, besides its parameters: every option that is not a number."""
         options = self.options(group)
         choices = {k: _choice(v, self.options_of_recipe[k].default) for k, v in options.items()}
         if isinstance(options.get("betas"), (tuple, list)):
@@ -152,7 +152,7 @@ class RecipeOptimizer(BaseOpt):
         return group["foreach"], choices
 
     def rule(self, group: dict[str, Any], unit: Unit) -> Hashable | None:
-        """The recipe with its options, less those that are numbers of the state."""
+        """The recipe with its options, except those that are numbers in the state."""
         options = self.options(group)
         options |= {f"beta{i}": beta for i, beta in enumerate(options.pop("betas", ()), 1)}
         fixed = {
@@ -173,7 +173,7 @@ class RecipeOptimizer(BaseOpt):
 
 
 def _signature(cls: type[RecipeOptimizer]) -> inspect.Signature:
-    """params, the options of the recipe with `foreach` among them, and what every class takes."""
+    """The signature: params, the options of the recipe with `foreach` among them, and those that every class has."""
     kinds = inspect.Parameter
     places = [kinds("params", kinds.POSITIONAL_OR_KEYWORD)]
     foreach = kinds("foreach", kinds.POSITIONAL_OR_KEYWORD, default=True, annotation="bool")
@@ -205,7 +205,7 @@ def _hashable(x: Any) -> bool:
 
 
 def _choice(value: Any, default: Any) -> Any:
-    """An option as it shapes a graph: to it, all floats, tensors, and ints in the place of floats are the same."""
+    """The form of an option that shapes a graph: all floats, tensors, and ints in place of floats are the same."""
     value = plain(value)
     if isinstance(value, ParametricSchedule):
         return value.form

@@ -1,4 +1,4 @@
-"""Code written for HeavyBall 3: how its keywords are called here, and what is nearest to what is missing."""
+"""Keywords of HeavyBall 3: the options of hbfunc that they mean, and for missing ones the nearest thing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _OFF = {  # options there and not here, and the value at which they do nothing; 
 
 
 def translated(given: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords of HeavyBall 3 as those of a class that has the options `known`, and settings of the optimizer.
+    """Translate keywords of HeavyBall 3 to those of a class with the options `known`, and settings of the optimizer.
 
     Raises TypeError, naming the nearest thing, for an option that is on and has no counterpart.
     """

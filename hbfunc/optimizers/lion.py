@@ -17,9 +17,11 @@ from hbfunc.transforms.adaptive import check_adam, ema
 
 @remembered
 def scale_by_lion(beta1: Number = 0.9, beta2: Number = 0.99) -> Transform:
-    """sign(beta1 * m + (1 - beta1) * u), then m <- beta2 * m + (1 - beta2) * u: plain averages, from 0.
+    """Lion's rule (Chen et al. 2023, arXiv 2302.06675, algorithm 2), with plain averages from 0:
 
-    Chen et al. 2023, arXiv 2302.06675, algorithm 2. Raises ValueError for a beta outside [0, 1).
+        sign(beta1 * m + (1 - beta1) * u), then m <- beta2 * m + (1 - beta2) * u
+
+    Raises ValueError for a beta outside [0, 1).
     """
     check_adam(beta1, beta2, 0.0)
 
@@ -42,7 +44,8 @@ def lion(lr: Number = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: Number = 0
         u = sign(beta1 * m + (1 - beta1) * g);  m <- beta2 * m + (1 - beta2) * g
         p <- p - lr * (u + weight_decay * p)
 
-    Its authors take a rate 3 to 10 times smaller than AdamW's, and a weight decay as many times larger.
+    betas: two numbers in [0, 1). Its authors take a rate 3 to 10 times smaller than AdamW's, and a weight decay as many
+    times larger.
     """
     return around("lion", scale_by_lion, lr=lr, betas=betas, weight_decay=weight_decay, **common)
 

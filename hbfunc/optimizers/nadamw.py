@@ -25,13 +25,13 @@ def scale_by_nadam(
     *,
     add_eps: bool = False,
 ) -> Transform:
-    """Adam with Nesterov's look-ahead (Dozat 2016).
+    """NAdam's rule (Dozat 2016, "Incorporating Nesterov momentum into Adam"): Adam with Nesterov's look-ahead.
 
         m <- beta1 * m + (1 - beta1) * u, from 0;  v <- debiased average of u^2 with beta2
         (beta1 * m / (1 - beta1^(t+1)) + (1 - beta1) * u / (1 - beta1^t)) / max(sqrt(v), eps)
 
-    momentum_decay: a number psi has Dozat's schedule in the place of the beta1 of the last line, as torch.optim does:
-        mu_t = beta1 * (1 - 0.96^(t * psi) / 2), and P_t = mu_1 ... mu_t in the place of beta1^t, so
+    momentum_decay: a number psi replaces beta1 in the last line by Dozat's schedule, as torch.optim does:
+        mu_t = beta1 * (1 - 0.96^(t * psi) / 2), and beta1^t by P_t = mu_1 ... mu_t, so
         (mu_(t+1) * m / (1 - P_(t+1)) + (1 - mu_t) * u / (1 - P_t)) / max(sqrt(v), eps)
     add_eps: divide by sqrt(v) + eps.
 
@@ -55,7 +55,7 @@ def scale_by_nadam(
         t = increment(state["count"], updates)
 
         def weights(t: Tensor) -> list[Any]:
-            """Of u in m, of m and u in the step, of u^2 in v; and P_t."""
+            """The weights of u in m, of m and u in the step, and of u^2 in v; and P_t."""
             decay = torch.zeros_like(t) + at(beta1, t)
             if psi is None:
                 ahead, now = decay / (1 - decay ** (t + 1)), (1 - decay) / (1 - decay**t)
@@ -94,8 +94,8 @@ def nadamw(
         u = (beta1 * m / (1 - beta1^(t+1)) + (1 - beta1) * g / (1 - beta1^t)) / max(sqrt(v), eps)
         p <- p - lr * (u + weight_decay * p)
 
-    momentum_decay: with a number, the look-ahead's beta1 rises from half its value, see `scale_by_nadam`; so it does in
-        torch.optim.NAdam, where the number is 0.004. add_eps: divide by sqrt(v) + eps, as there.
+    momentum_decay: with a number, the look-ahead's beta1 rises from half its value, see `scale_by_nadam`; in
+        torch.optim.NAdam the number is 0.004. add_eps: divide by sqrt(v) + eps, as torch.optim does.
     """
     return around(
         "nadamw",

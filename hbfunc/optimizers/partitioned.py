@@ -1,4 +1,4 @@
-"""One optimizer for the hidden matrices, another for the rest of a model."""
+"""Partitions of a model: one optimizer for the hidden matrices, another for the rest."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def matrices_to(
     rest: Transform | None = None,
     exclude: Exclude = ENDS,
 ) -> Transform:
-    """Leaves of two or more dims to `matrices`, vectors, scalars and what is excluded to `rest`, by default `adamw()`.
+    """Step parameters of two or more dims with `matrices`; vectors, scalars and excluded ones with `rest` (`adamw()`).
 
-    exclude: embeddings and heads, which an orthogonalised update does not suit. `embeddings_and_head(model)` finds them
-        by what they are. Or shell patterns for any one part of a path ("*embed*" for "model.embed_tokens.weight"), with
-        a dot for several at its end ("decoder.weight"); or a function (path, parameter) -> bool, whose truth value
-        counts. By default the usual names of input and output layers. `()` excludes nothing.
+    exclude: which matrices to leave to `rest`: embeddings and heads, which an orthogonalized update does not suit.
+        `embeddings_and_head(model)` finds them by the model's modules. Or give shell patterns for any one part of a
+        path ("*embed*" for "model.embed_tokens.weight"), or with a dot for several parts at its end ("decoder.weight");
+        or a function (path, parameter) -> bool. By default the usual names of input and output layers; `()` excludes
+        nothing.
 
     Each half keeps its hyperparameters: state["matrices"]["hyper"] and state["rest"]["hyper"]. A sweep has columns for
     the rates of both, {"matrices.lr": [0.01, 0.02], "rest.lr": [1e-3, 3e-4]}. What a matrix is made of, such as the
@@ -61,7 +62,7 @@ def matrices_to(
 
 
 def chooses_matrices(exclude: Exclude) -> Callable[[str, Tensor], bool]:
-    """(path, parameter) -> whether it is one of `matrices_to`'s matrices."""
+    """Make the function (path, parameter) -> whether it is one of `matrices_to`'s matrices."""
     patterns = [exclude] if isinstance(exclude, str) else exclude
     # How many parts of a path, and what they match: compiled here, because torch.compile cannot follow fnmatch.
     known = [] if callable(patterns) else [(p.count(".") + 1, re.compile(translate(p))) for p in patterns]
@@ -82,12 +83,13 @@ def chooses_matrices(exclude: Exclude) -> Callable[[str, Tensor], bool]:
 
 
 def embeddings_and_head(model: nn.Module) -> Callable[[str, Tensor], bool]:
-    """(path, parameter) -> whether it belongs to an end of `model`, by structure: for `exclude` of `matrices_to` and
-    `MatricesTo`, with the names of `model.named_parameters()`.
+    """Make a function for `exclude` of `matrices_to` and `MatricesTo` that finds embeddings and heads by the modules of
+    `model`. It takes (path, parameter) with the names of `model.named_parameters()`.
 
-    The ends are every Embedding, the last Linear in the order of the modules, those that are called a head, and what is
-    tied to one of them. Other parameters of Linear, convolutional, recurrent and attention modules are hidden ones,
-    whatever their names. Only of parameters beside those (a class token, positions) the usual names decide.
+    It excludes every Embedding, the last Linear in the order of the modules, Linears that are called a head, and
+    parameters tied to one of them. Other parameters of Linear, convolutional, recurrent and attention modules are not
+    excluded, whatever their names. For parameters outside of such modules (a class token, positions) the usual names
+    decide.
 
         optimizer = MatricesTo(model.named_parameters(), muon(lr=0.02), exclude=embeddings_and_head(model))
     """
@@ -102,7 +104,7 @@ def embeddings_and_head(model: nn.Module) -> Callable[[str, Tensor], bool]:
 
 
 class _Ends:
-    """What `embeddings_and_head` returns: whether a path is one of an end, where that is known, or looks like one."""
+    """The function that `embeddings_and_head` returns: by module if it is known, else by name."""
 
     def __init__(self, known: dict[str, bool]) -> None:
         self.known = known

@@ -29,10 +29,10 @@ def step_by_prodigy(
     growth_rate: float | Tensor | None = None,
     bias_correction: bool = False,
 ) -> Transform:
-    """Steps of Prodigy, see `prodigy`: the direction goes through `behind` before it is scaled by d * lr.
+    """Prodigy's rule, see `prodigy`: the direction goes through `behind` before it is scaled by d * lr.
 
-    The state has d, which is 0 before the first step and then never falls, and for each leaf s, its share of the
-    numerator r, and the parameter at its first gradient. A leaf without a gradient keeps its shares of r and s.
+    The state has d, which is 0 before the first step and then never falls, and for each parameter s, its share of the
+    numerator r, and its value at its first gradient. A parameter without a gradient keeps its shares of r and s.
     """
     check_adam(beta1, beta2, eps)
     check_number("d0", d0, 0, math.inf, open_low=True, open_high=True)
@@ -127,11 +127,11 @@ def prodigy(
         p <- p - d * lr * (m / max(sqrt(v), d * eps) + weight_decay * p)
         d <- max(d, d_coef * r / sum(|s|))
 
-    One d for all leaves, of a class for those of a param group that step together. Leave lr at 1; a schedule of it, one
-    that falls to 0 say, goes on top.
-    d0: what d starts from, above 0, and below any rate that could be right. d_coef: above 0; scales what is found.
-    growth_rate: at least 1; the factor by which d may grow in a step, but for its first rise. None is no limit.
-    bias_correction: lr * sqrt(1 - beta2^t) / (1 - beta1^t) in the place of lr.
+    There is one d for all parameters; in a class, for all of a param group that step together. Leave lr at 1, or give
+    it a schedule, such as one that falls to 0: it multiplies d.
+    d0: the first d, above 0, and below any rate that could be right. d_coef: above 0; a factor of the d that is found.
+    growth_rate: at least 1; the factor by which d may grow in a step, except for its first rise. None is no limit.
+    bias_correction: use lr * sqrt(1 - beta2^t) / (1 - beta1^t) in place of lr.
 
     Raises ValueError for a number outside its range.
     """
@@ -154,8 +154,8 @@ def prodigy(
 class Prodigy(RecipeOptimizer, recipe=prodigy):
     """Prodigy (Mishchenko & Defazio 2024, arXiv 2306.06101): Adam that finds its learning rate.
 
-    One d for each param group, on every rank that of the whole model. With foreach=False there is one for each
-    parameter, which is another optimizer.
+    There is one d for each param group, computed from all ranks. With foreach=False there is one for each parameter,
+    which is another optimizer.
     """
 
     start = "1, which a schedule may lower; d_coef rather than lr makes steps longer"

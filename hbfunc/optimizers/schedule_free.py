@@ -19,7 +19,8 @@ from hbfunc.transforms.schedule_free import schedule_free
 def sfadamw(*, largest_rate: bool = False, betas: Any, **options: Any) -> Transform:
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682).
 
-    Evaluate at `schedule_free_eval_params`; a model with BatchNorm after `hbfunc.recompute_batchnorm` there.
+    Evaluate the model with the parameters of `schedule_free_eval_params`, and with BatchNorm run
+    `hbfunc.recompute_batchnorm` on it first.
 
     The parameter is y, between the sequence z that steps and its average x, weighted by lr^weight_lr_power * t^r:
 
@@ -27,8 +28,8 @@ def sfadamw(*, largest_rate: bool = False, betas: Any, **options: Any) -> Transf
         z <- z - lr * u;  x <- (1 - c) * x + c * z, with c the share of this step's weight in the sum
         y = beta1 * x + (1 - beta1) * z
 
-    largest_rate: weigh by the largest lr so far in place of this step's, as the authors' package does: where the rate
-        falls, late steps count more.
+    largest_rate: weigh by the largest lr so far in place of this step's, as the authors' package does: late steps count
+        more if the rate falls.
     add_eps: divide by sqrt(v) + eps, as the authors do.
     `caution` has no effect without `mars` or a clipping function, and gives a warning: updates have the signs of the
     gradient.

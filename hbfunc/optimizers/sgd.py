@@ -17,10 +17,11 @@ from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
 
 @remembered
 def scale_by_sgd(momentum: Number = 0.0, dampening: Number = 0.0, nesterov: bool = False) -> Transform:
-    """s <- momentum * s + (1 - dampening) * u, from s = u; the update is s, or u + momentum * s with `nesterov`.
+    """torch.optim.SGD's momentum: s <- momentum * s + (1 - dampening) * u, with s = u in the first step; the update is
+    s, or u + momentum * s with `nesterov`.
 
     A momentum of 0 ignores the dampening. Raises ValueError for a momentum outside [0, 1) or a dampening outside
-    [0, 1], TypeError for a `nesterov` that is no bool.
+    [0, 1], TypeError if `nesterov` is not a bool.
     """
     check_number("momentum", momentum, 0, 1, open_high=True)
     check_number("dampening", dampening, 0, 1)

@@ -144,13 +144,13 @@ class PaLMForeachSOAP(ForeachSOAP, title="palm_soap"):
 
 
 class PrecondScheduleForeachSOAP(ForeachSOAP, title="precond_schedule_soap"):
-    """SOAP whose basis is refreshed ever more rarely, at random: see precond_scheduler."""
+    """SOAP whose basis is refreshed at random, less and less often, as `precond_scheduler` says."""
 
     use_precond_schedule = True
 
 
 class PrecondSchedulePaLMForeachSOAP(PrecondScheduleForeachSOAP, title="precond_schedule_palm_soap"):
-    """SOAP with PaLM's beta2 and ever rarer refreshes."""
+    """SOAP with PaLM's beta2, whose basis is refreshed at random, less and less often."""
 
     palm = True
 

@@ -1,4 +1,4 @@
-"""One optimizer of several: a class for each part of the parameters, as HeavyBall 3's SplitOpt."""
+"""SplitOpt, one optimizer with a class for each part of the parameters, as in HeavyBall 3."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from hbfunc.optimizers.heavyball3 import translated
 
 
 class SplitOpt(FromTransform):
-    """An optimizer of each kind for some of the parameters, in one.
+    """One optimizer that steps some parameters with one class and others with another.
 
         SplitOpt([
             {"params": matrices, "optimizer": hbfunc.Muon, "lr": 0.02},
             {"params": vectors, "optimizer": hbfunc.AdamW, "lr": 1e-3},
         ])
 
-    Each is a param group with its own hyperparameters. specs without parameters are left out. What a class takes from
-    `hbfunc.utils` when it steps is as it is now. `hbfunc.MatricesTo` chooses the matrices by itself.
-    Raises TypeError for an optimizer that is no class of hbfunc's with a recipe, ValueError where no spec has
-    parameters.
+    Each spec is a param group with its own hyperparameters; those without parameters are left out. Settings of
+    `hbfunc.utils` are read now, and not at each step. `hbfunc.MatricesTo` chooses the matrices by itself.
+    Raises TypeError for an optimizer that is not a class of hbfunc with a recipe, ValueError if no spec has parameters.
     """
 
     def __init__(self, specs: Sequence[Mapping[str, Any]], *, consume_grad: bool | None = None) -> None:
@@ -39,7 +38,7 @@ _OF_GROUPS = ("foreach", "nonfinite", "consume_grad")
 def _group(spec: Mapping[str, Any]) -> dict[str, Any]:
     cls = spec.get("optimizer")
     if not (isinstance(cls, type) and issubclass(cls, RecipeOptimizer)):
-        raise TypeError(f"optimizer={short(cls)}: expected a class of hbfunc's with a recipe, such as hbfunc.Muon")
+        raise TypeError(f"optimizer={short(cls)}: expected a class of hbfunc with a recipe, such as hbfunc.Muon")
     given = {k: v for k, v in spec.items() if k not in ("params", "optimizer")}
     options, settings = translated(given, cls.arguments())
     if settings:
