@@ -194,9 +194,11 @@ def device(args: argparse.Namespace) -> torch.device:
 
 def cpu() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    lines = [line.partition(":") for line in (info.read_text().splitlines() if info.exists() else [])]
+    known = {key.strip(): value.strip() for key, _, value in lines}
+    name = known.get("model name", platform.processor())  # which on virtual machines does not tell one from another
+    kind = [f"{key} {known[of]}" for key, of in (("family", "cpu family"), ("model", "model")) if of in known]
+    return ", ".join([name, " ".join([*kind, torch.backends.cpu.get_cpu_capability()]), f"{os.cpu_count()} cores"])
 
 
 def chip(where: torch.device) -> str:

@@ -1,9 +1,12 @@
-"""How long is the first step, and how many graphs are there? `python benchmarks/compile.py`
+"""How long does it take until steps are as fast as they will be, and how many graphs are there?
+`python benchmarks/compile.py`
 
-first   Each class takes its first steps in a fresh process, with an empty cache of inductor's ("cold") and then, in
-        another process, with that one ("warm"). Beside it the first call of `torch.compile(lambda x: x + 1)`, in fresh
-        processes with the same kinds of cache. Imports of torch and of the library are not counted, what compiling
-        imports is. `cpu` is the time of all processes that take part, on a machine that others use the fairer one.
+first   Start-up is the time of the first four steps, which are all kinds of steps, less that of the four behind them.
+        Each class, and HeavyBall's if it can be imported, takes them in a fresh process, with an empty cache of
+        inductor's ("cold") and then, in another process, with that one ("warm"). Beside them the first call of
+        `torch.compile(lambda x: x + 1)`, in fresh processes with the same kinds of cache. Imports of torch and of the
+        library are not counted, what compiling imports is. `cpu` is the time of all processes that take part, on a
+        machine that others use the fairer one.
 graphs  compiled over many steps of a toy model with two param groups under an LR scheduler, for each group.
 """
 
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLASSES, SETS, Shape, device, facts, markdown, parser, pyplot, results, save, synchronize, tensors
+from common import CLASSES, SETS, Shape, device, facts, heavyball, markdown, parser, pyplot, results, save, synchronize, tensors
 from step import FIRST_ORDER, classes
 from torch._dynamo.utils import counters
 
@@ -30,6 +33,7 @@ import hbfunc
 
 REFERENCE = "x + 1"
 STEPS = 4  # the first ones, which are all kinds of steps
+PEER = "HeavyBall "  # before the name of a class
 # The classes of a recipe's defaults, and PaLM's of the first order.
 USUAL = [name for name, cls in CLASSES.items() if name in FIRST_ORDER or cls.title == cls.recipe.__name__]
 
@@ -63,20 +67,36 @@ def timed(fn: Callable[[], Any], where: torch.device) -> dict[str, float]:
 
 
 def first_steps(row: str, shapes: Sequence[Shape], where: torch.device) -> list[dict[str, float]]:
-    """Seconds of each of the first steps of a class in this process, or of the first call of the reference."""
+    """Seconds of each of the first steps of a class in this process, and of as many more, or of the first call of the
+    reference."""
     if row == REFERENCE:
         x = torch.randn(1000, device=where)
         backend = "aot_eager" if hbfunc.utils.compile_mode == "aot_eager" else "inductor"  # as ours
         return [timed(lambda: torch.compile(lambda x: x + 1, backend=backend)(x), where)]
     params = [torch.nn.Parameter(x) for x in tensors(shapes, where, 0.02, 0)]
     gradients = tensors(shapes, where, 1e-2, 1)
-    optimizer = getattr(hbfunc, classes()[row].name or row)(params, **classes()[row].options)
+    optimizer = _made(row, params)
     found = []
-    for _ in range(STEPS):
+    for _ in range(2 * STEPS):
         for p, g in zip(params, gradients, strict=True):
             p.grad = g.clone()
         found.append(timed(optimizer.step, where))
     return found
+
+
+def _made(row: str, params: list[Any]) -> Any:
+    spec = classes()[row.removeprefix(PEER)]
+    if not row.startswith(PEER):
+        return getattr(hbfunc, spec.name or row)(params, **spec.options)
+    optimizer = getattr(heavyball(), spec.theirs)(params, **spec.their_options)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer
+
+
+def start_up(steps: Sequence[dict[str, float]], clock: str) -> float:
+    """Seconds of the first steps, less those of as many later ones; the reference has but one."""
+    return sum(s[clock] for s in steps[:STEPS]) - sum(s[clock] for s in steps[STEPS:])
 
 
 def in_fresh_process(row: str, chosen: str, args: argparse.Namespace, cache: str) -> list[dict[str, float]]:
@@ -90,27 +110,25 @@ def in_fresh_process(row: str, chosen: str, args: argparse.Namespace, cache: str
 
 
 def first(args: argparse.Namespace) -> dict[str, Any]:
-    """By class: seconds of the first step and of the first few, cold and warm, medians, and ratios to the reference."""
+    """By class: seconds of start-up, cold and warm, medians, and ratios to the reference."""
+    peers = [PEER + row for row in args.classes if heavyball() is not None and classes()[row].theirs]
     found: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
     for turn in range(args.repeats):
-        for row in [REFERENCE, *args.classes]:
+        for row in [REFERENCE, *args.classes, *peers]:
             with tempfile.TemporaryDirectory() as cache:
                 for kind in ("cold", "warm"):
                     steps = in_fresh_process(row, args.set, args, cache)
                     found.setdefault(row, {}).setdefault(kind, []).append(steps)
-                    seconds = ", ".join(f"{s['wall']:.1f} ({s['cpu']:.1f} cpu)" for s in steps)
-                    print(f"turn {turn + 1}  {row:24} {kind}: {seconds} s", flush=True)
+                    listed = ", ".join(f"{s['wall']:.1f} ({s['cpu']:.1f} cpu)" for s in steps)
+                    print(f"turn {turn + 1}  {row:24} {kind}: {listed} s", flush=True)
     rows: dict[str, Any] = {}
     for row, kinds in found.items():
         rows[row] = {}
         for kind, turns in kinds.items():
             for clock in ("wall", "cpu"):
-                one = statistics.median(steps[0][clock] for steps in turns)
-                rows[row][f"{kind}_{clock}"] = one
-                rows[row][f"{kind}_{clock}_{STEPS}_steps"] = statistics.median(
-                    sum(step[clock] for step in steps) for steps in turns
-                )
-                rows[row][f"{kind}_{clock}_ratio"] = one / rows[REFERENCE][f"{kind}_{clock}"]
+                seconds = statistics.median(start_up(steps, clock) for steps in turns)
+                rows[row][f"{kind}_{clock}"] = seconds
+                rows[row][f"{kind}_{clock}_ratio"] = seconds / rows[REFERENCE][f"{kind}_{clock}"]
         rows[row]["turns"] = kinds
     return rows
 
@@ -144,10 +162,9 @@ def table(rows: dict[str, Any], counted: dict[str, dict[str, float]]) -> str:
             for clock in ("wall", "cpu"):
                 key = f"{kind}_{clock}"
                 cells.append(f"{row[key]:.1f} s, {row[key + '_ratio']:.2f} x" if row else "")
-            cells.append(f"{row[f'{kind}_wall_{STEPS}_steps']:.1f} s" if row and name != REFERENCE else "")
         lines.append([*cells, f"{count['graphs_per_group']:g}" if count else ""])
-    kinds = [f"{k}{what}" for k in ("cold", "warm") for what in ("", ", CPU", f", {STEPS} steps")]
-    return markdown(["first step", *kinds, "graphs per group"], lines)
+    kinds = [f"{k}{what}" for k in ("cold", "warm") for what in ("", ", CPU")]
+    return markdown(["start-up", *kinds, "graphs per group"], lines)
 
 
 def draw(rows: dict[str, Any], path: Path) -> None:
@@ -158,7 +175,7 @@ def draw(rows: dict[str, Any], path: Path) -> None:
             at = [y + 0.35 * (i - 0.5) for y in range(len(rows))]
             ax.barh(at, [row[f"{kind}_{clock}_ratio"] for row in rows.values()], height=0.35, label=kind)
         ax.axvline(1, color="black", linewidth=1)
-        ax.set(xlabel=f"first step / first call of torch.compile(lambda x: x + 1), {clock} time")
+        ax.set(xlabel=f"start-up / first call of torch.compile(lambda x: x + 1), {clock} time")
         ax.legend(fontsize=8)
     axes[0].set_yticks(range(len(rows)), list(rows))
     axes[0].invert_yaxis()
