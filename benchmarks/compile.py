@@ -25,7 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLASSES, SETS, Shape, device, facts, heavyball, markdown, parser, pyplot, results, save, synchronize, tensors
+from common import (
+    CLASSES,
+    SETS,
+    Shape,
+    device,
+    facts,
+    heavyball,
+    markdown,
+    parser,
+    pyplot,
+    results,
+    save,
+    synchronize,
+    tensors,
+)
 from step import FIRST_ORDER, classes
 from torch._dynamo.utils import counters
 
