@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from common import parser
 
-PROGRAMS = ("step", "compile", "memory", "sweep", "convergence")
+PROGRAMS = ("step", "compile", "memory", "sweep", "convergence", "maml")
+ON_CPU = ("convergence", "maml")  # a matter of numbers and not of speed: the CPU is the place for small problems
 CUDA = {"sweep": ["--versus", "256"]}
 
 
@@ -25,8 +26,7 @@ def commands(args: argparse.Namespace, cuda: bool) -> list[list[str]]:
     made = []
     for program in args.programs:
         command = [sys.executable, str(Path(__file__).with_name(f"{program}.py"))]
-        # Convergence is a matter of numbers and not of speed: the CPU is the place for its small problems.
-        command += ["--device", "cuda" if cuda and program != "convergence" else "cpu"]
+        command += ["--device", "cuda" if cuda and program not in ON_CPU else "cpu"]
         command += CUDA.get(program, []) if cuda else []
         command += ["--quick"] * args.quick
         command += ["--out", str(args.out)] if args.out else []

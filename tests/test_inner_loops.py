@@ -73,6 +73,20 @@ def test_a_mapped_inner_loop_is_a_loop_of_steps() -> None:
     assert all(torch.equal(found[k], params[k]) for k in params)
 
 
+@pytest.mark.parametrize("name", ["adamw", "soap"])
+def test_an_inner_loop_in_segments_of_segments_is_the_same(name: str) -> None:
+    tx, task = RECIPES[name](lr=0.05, **OPTIONS[name]), (SUPPORT[0][0], SUPPORT[1][0])
+    rates = {k: torch.full_like(x, 0.5) for k, x in PARAMS.items()}
+
+    def objective(given: tuple[Params, Params], every: Any) -> Tensor:
+        return loss_fn(adapt(loss_fn, tx, given[0], [task] * 7, rates=given[1], checkpoint_every=every), task)
+
+    plain, nested = (grad(objective)((PARAMS, rates), every) for every in (None, (4, 2)))
+    for one, other in zip(plain, nested, strict=True):
+        for k in one:
+            torch.testing.assert_close(other[k], one[k], rtol=1e-10, atol=1e-12)
+
+
 def test_the_first_order_form_is_the_gradient_where_the_loop_ended() -> None:
     tx = hbfunc.sgd(lr=0.1, weight_decay=0.5)
     slopes = grad(lambda p: objective(p, tx, first_order=True))(PARAMS)
@@ -109,6 +123,8 @@ def test_rates_per_parameter_and_hyperparameters_are_learned() -> None:
 def test_what_adapt_refuses() -> None:
     with pytest.raises(ValueError, match="0 batches"):
         adapt(loss_fn, hbfunc.sgd(), PARAMS, [])
+    with pytest.raises(ValueError, match=r"checkpoint_every=\(2, 3\): expected a number of at least 1, or several"):
+        adapt(loss_fn, hbfunc.sgd(), PARAMS, [SUPPORT], checkpoint_every=(2, 3))
     with pytest.raises(ValueError, match="refresh=None: expected a function of the step"):
         adapt(loss_fn, hbfunc.soap(precondition_frequency=2)._replace(refreshes=None), PARAMS, [SUPPORT])
 
@@ -150,6 +166,19 @@ def test_segments_in_segments_are_the_same() -> None:
     assert sorted(set(refreshes)) == list(range(1, 11))
     assert torch.equal(metrics["loss"], same["loss"])
     assert all(torch.equal(nested["params"][k], p) for k, p in plain["params"].items())
+
+
+def test_segments_in_segments_keep_less_than_segments() -> None:
+    """Bytes at once: with one level of segments those of a segment and all states between, with two fewer of both."""
+    task = SUPPORT[0][0], SUPPORT[1][0]
+
+    def peak(every: Any) -> int:
+        tx = hbfunc.adamw(lr=0.05)
+        slopes = grad(lambda p: loss_fn(adapt(loss_fn, tx, p, [task] * 18, checkpoint_every=every), task))
+        return sweep.memory.peak_bytes(lambda: slopes(PARAMS))
+
+    kept, one, two = peak(None), peak(9), peak((9, 3))
+    assert 1.5 * two < one < 0.6 * kept
 
 
 # -- implicit

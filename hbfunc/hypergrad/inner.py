@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbfunc.contract import RefreshSchedule, Transform, apply_updates
-from hbfunc.hypergrad.unrolled import checkpoint
+from hbfunc.hypergrad.unrolled import checkpoint, segment_lengths
 from hbfunc.internals import pytree
 
 Loss = Callable[[Any, Any], Tensor]
@@ -25,7 +26,7 @@ def adapt(
     rates: Any = None,
     first_order: bool = False,
     refresh: RefreshSchedule | None = None,
-    checkpoint_every: int | None = None,
+    checkpoint_every: int | Sequence[int] | None = None,
 ) -> Any:
     """The parameters after a step of `tx` on each batch, from `params`: the inner loop of MAML (Finn et al. 2017,
     arXiv 1703.03400).
@@ -47,13 +48,14 @@ def adapt(
     first_order: hold gradients constant in derivatives, which are then of first order (FOMAML): cheaper, and biased.
     refresh: for a rule that needs it, a function of t = 1, 2, ... By default what the transform says of its state, if
         that is known: SOAP's and PSGD's schedules without a random draw are.
-    checkpoint_every: steps per segment that is computed twice and not kept, as in `unroll`; loss_fn must then not
-        capture what is differentiated by.
+    checkpoint_every: steps per segment that is computed twice and not kept, or several, falling, as in `unroll`;
+        loss_fn must then not capture what is differentiated by.
 
-    Raises ValueError for no batches, checkpoint_every < 1, and a rule whose refreshes are not known.
+    Raises ValueError for no batches, a checkpoint_every outside its range, and a rule whose refreshes are not known.
     """
-    if not batches or (checkpoint_every is not None and checkpoint_every < 1):
-        raise ValueError(f"{len(batches)} batches, checkpoint_every={checkpoint_every}: expected positive numbers")
+    lengths = segment_lengths(checkpoint_every)
+    if not batches:
+        raise ValueError("0 batches: expected at least one")
     state = tx.init(params) if state is None else state
     due = refresh or _schedule(tx, params)
     if due is None and "refresh" in tx.needs:
@@ -61,27 +63,27 @@ def adapt(
 
     learned = () if rates is None else (rates,)
 
-    def segment(start: int) -> Callable[..., tuple[Any, Any]]:
-        def steps(params: Any, state: Any, batches: Sequence[Any], *learned: Any) -> tuple[Any, Any]:
-            for t, batch in enumerate(batches, start + 1):
-                grads = torch.func.grad(loss_fn)(params, batch)
-                if first_order:
-                    grads = pytree.tree_map(torch.Tensor.detach, grads)
-                extras = {"refresh": due(t)} if due is not None and "refresh" in tx.needs else {}
-                updates, state = tx.update(state, grads, params, **extras)
-                for factors in learned:
-                    updates = pytree.tree_map(torch.mul, updates, factors)
-                params = apply_updates(params, updates)
+    def run(
+        first: int, inside: Sequence[int], params: Any, state: Any, batches: Sequence[Any], *learned: Any
+    ) -> tuple[Any, Any]:
+        """Steps first + 1, ..., on these batches, in segments of inside[0] steps."""
+        if inside:
+            for start in range(0, len(batches), inside[0]):
+                part = list(batches[start : start + inside[0]])
+                params, state = checkpoint(partial(run, first + start, inside[1:]), params, state, part, *learned)
             return params, state
+        for t, batch in enumerate(batches, first + 1):
+            grads = torch.func.grad(loss_fn)(params, batch)
+            if first_order:
+                grads = pytree.tree_map(torch.Tensor.detach, grads)
+            extras = {"refresh": due(t)} if due is not None and "refresh" in tx.needs else {}
+            updates, state = tx.update(state, grads, params, **extras)
+            for factors in learned:
+                updates = pytree.tree_map(torch.mul, updates, factors)
+            params = apply_updates(params, updates)
+        return params, state
 
-        return steps
-
-    if checkpoint_every is None:
-        return segment(0)(params, state, batches, *learned)[0]
-    for start in range(0, len(batches), checkpoint_every):
-        part = list(batches[start : start + checkpoint_every])
-        params, state = checkpoint(segment(start), params, state, part, *learned)
-    return params
+    return run(0, lengths, params, state, batches, *learned)[0]
 
 
 def _schedule(tx: Transform, params: Any) -> RefreshSchedule | None:

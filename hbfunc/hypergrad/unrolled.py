@@ -54,7 +54,7 @@ def unroll(
     Raises ValueError for no batches, for a checkpoint_every outside its range, and in a checkpointed segment for a
     captured tensor that torch.func differentiates by.
     """
-    lengths = _lengths(checkpoint_every)
+    lengths = segment_lengths(checkpoint_every)
     if not batches:
         raise ValueError("batches: expected at least one, got none")
 
@@ -75,7 +75,7 @@ def unroll(
     return run(0, lengths, lane, batches)
 
 
-def _lengths(checkpoint_every: int | Sequence[int] | None) -> Sequence[int]:
+def segment_lengths(checkpoint_every: int | Sequence[int] | None) -> Sequence[int]:
     """Steps of a segment of each level, the longest first."""
     if checkpoint_every is None:
         return ()
@@ -160,6 +160,8 @@ def checkpoint(fn: Callable[..., Any], *args: Any) -> Any:
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             saved = [functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]  # the transform may have ended
             again = _differentiated_again(ctx.saved_tensors, grads)
+            if not again:  # so that segments within this one see that too
+                saved, grads = [x.detach() for x in saved], tuple(g.detach() for g in grads)
 
             def moved(*xs: Tensor) -> list[Tensor]:
                 given = list(saved)
