@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Averages(torch.optim.Optimizer):
 
     def _move_averages(self, moved: Mapping[Tensor, Tensor]) -> None:
         """`ema_update`, except for the parameters whose step was skipped."""
-        for p, state in self.state.items():
+        for p, state in self._states():
             now = p.to(checkpoint.average_dtype(p))
             if "ema" not in state:
                 state["ema"] = now.clone()
@@ -49,8 +50,12 @@ class Averages(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for p, state in self.state.items():
+        for p, state in self._states():
             if "ema" in state:
                 before = p.to(state["ema"].dtype, copy=True)
                 p.copy_(state["ema"])
                 state["ema"].copy_(before)
+
+    def _states(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The states of parameters; wrappers may keep others beside them."""
+        return [(p, state) for p, state in self.state.items() if isinstance(p, Tensor)]

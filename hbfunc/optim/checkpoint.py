@@ -47,7 +47,11 @@ def hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
     if len(known) != len(listed):
         raise ValueError("state_dict['param_groups'] lists a parameter twice, expected each parameter once")
     state = {}
+    kinds = {type(p) for p in listed}
     for p, entries in state_dict["state"].items():
+        if p not in known and type(p) not in kinds:  # no parameter's: a wrapper keeps something there
+            state[p] = entries
+            continue
         if p not in known:
             raise ValueError(f"state_dict['state'] has an entry {p!r}, which no group in 'param_groups' lists")
         if not isinstance(entries, Mapping):
@@ -156,7 +160,7 @@ def _check_values(state_dict: Mapping[str, Any]) -> None:
                     raise ValueError(f"state_dict{where} is of shape {tuple(x.shape)} on {x.device}, expected a number")
                 checks.append((where, x, x.isnan().any()))
     for p, entries in state_dict["state"].items():
-        for k, x in entries.items():
+        for k, x in entries.items() if isinstance(entries, Mapping) else ():
             where = f"['state'][{p!r}][{k!r}]"
             x = number_as_tensor(x)
             if not isinstance(x, Tensor) or x.is_meta or x.layout != torch.strided:
@@ -188,6 +192,9 @@ def released(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, d
     """Take the state's tensors out of their boxes. Averages are copied; the others will be, into buffers of units."""
     state_of: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     for p, entries in state.items():
+        if not isinstance(p, Tensor):
+            state_of[p] = entries
+            continue
         state_of[p] = {k: v.tensor if isinstance(v, Held) else v for k, v in entries.items()}
         if any(name in state_of[p] for name in EMA):
             for name, like in zip(
@@ -241,6 +248,8 @@ def unshared(state_dict: dict[str, Any]) -> dict[str, Any]:
     torch.distributed.checkpoint loads each entry in place."""
     state = {
         p: {k: v.clone() if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in entries.items()}
+        if isinstance(entries, Mapping)
+        else entries
         for p, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": state}

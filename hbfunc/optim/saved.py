@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbfunc.autocast import in_own_precision, kinds_of
 from hbfunc.exchange import is_sharded, local
 from hbfunc.leaves import Leaves, check_dtype
 from hbfunc.optim import checkpoint
@@ -25,7 +26,8 @@ class Saved(UnitsOfGroups):
 
     def state_size(self) -> int:
         """Bytes of state on this rank; 0 before the first step."""
-        tensors = [local(x) for entries in self.state.values() for x in entries.values() if isinstance(x, Tensor)]
+        entries = [x for p, state in self.state.items() if isinstance(p, Tensor) for x in state.values()]
+        tensors = [local(x) for x in entries if isinstance(x, Tensor)]
         return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in tensors}.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,7 +115,9 @@ class Saved(UnitsOfGroups):
             leaves = Leaves({name: after})
             layout = {} if tx.layout is None else tx.layout(leaves)
             views = views_of(with_policy(tx, group["nonfinite"]).init(leaves), layout, [name], group["nonfinite"])
-            state = resized(self.state[old], views[name], before, after, rows)
+            state = in_own_precision(
+                lambda: resized(self.state[old], views[name], before, after, rows), kinds_of([before, after])
+            )
             del self.state[old]
             self.state[new] = state
         for known in (self._pairs, self._names_of):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -249,20 +250,71 @@ def forms_of(tensors: Sequence[Tensor]) -> Forms:
 
 
 def turns(params: Sequence[Tensor]) -> tuple[int, ...]:
-    """For each parameter, the number of earlier ones at the same place in memory, as parameters tied by `.data` are."""
-    places = [_place(p) for p in params]
-    if len(set(places)) == len(places):
-        return (0,) * len(places)
-    seen: Counter[Any] = Counter()
-    turns_of = []
-    for place in places:
-        turns_of.append(seen[place])
-        seen[place] += 1
-    return tuple(turns_of)
+    """For each parameter, after how many steps its own comes: of those before it that it shares memory with, as weights
+    that are tied by `.data`."""
+    spans = [_span(p) for p in params]
+    if all(stop <= start for (_, stop), (start, _) in pairwise(sorted(spans))):
+        return (0,) * len(spans)
+    turns_of = dict.fromkeys(range(len(spans)), 0)
+    for numbers in _overlapping(spans):
+        places = {i: _Place.of(params[i]) for i in numbers}
+        for n, i in enumerate(numbers):
+            turns_of[i] = max((turns_of[j] + 1 for j in numbers[:n] if _meet(places[i], places[j])), default=0)
+    return tuple(turns_of.values())
 
 
-def _place(p: Tensor) -> Any:
-    """The place in memory where a parameter begins; unique for one without memory of its own here."""
+def _span(p: Tensor) -> tuple[int, int]:
+    """Where a parameter begins and ends in memory; one that has none here of its own is in nobody's way."""
     if p.is_meta or isinstance(p, FakeTensor) or is_sharded(p) or p.numel() == 0:
-        return id(p), None
-    return p.data_ptr()
+        return 0, 0
+    start = p.data_ptr()
+    return start, start + (p.nbytes if p.is_contiguous() else _extent(p) * p.element_size())
+
+
+def _extent(p: Tensor) -> int:
+    """Elements from the first one to the last one in memory."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+
+
+def _overlapping(spans: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Numbers of the spans, in groups of which each one overlaps another."""
+    groups: list[list[int]] = []
+    reach = 0
+    for i in sorted(range(len(spans)), key=spans.__getitem__):
+        start, stop = spans[i]
+        if start < reach:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+        reach = max(reach, stop)
+    return [sorted(group) for group in groups]
+
+
+class _Place(NamedTuple):
+    """Where the elements of a tensor are."""
+
+    start: int
+    stop: int
+    size: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dense: bool
+
+    @classmethod
+    def of(cls, p: Tensor) -> _Place:
+        start, extent, size = p.data_ptr(), _extent(p), p.element_size()
+        return cls(start, start + extent * size, size, tuple(p.shape), p.stride(), extent == p.numel())
+
+
+@lru_cache(maxsize=1024)
+def _meet(a: _Place, b: _Place) -> bool:
+    """Whether two tensors have an element in common: the halves of a matrix, cut by columns, have none."""
+    if a.stop <= b.start or b.stop <= a.start:
+        return False
+    if (a.dense and b.dense) or a.size != b.size or (a.start - b.start) % a.size:
+        return True
+    start = min(a.start, b.start)
+    touched = torch.zeros((max(a.stop, b.stop) - start) // a.size, dtype=torch.bool, device="cpu")
+    of_a, of_b = (touched.as_strided(x.shape, x.strides, (x.start - start) // x.size) for x in (a, b))
+    of_a.fill_(True)
+    return bool(of_b.any())
