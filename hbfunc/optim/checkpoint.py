@@ -188,9 +188,9 @@ def _params(group: Any, index: int) -> Any:
     return group["params"]
 
 
-def released(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, dict[str, Any]]:
+def released(state: Mapping[Any, Any]) -> defaultdict[Any, dict[str, Any]]:
     """Take the state's tensors out of their boxes. Averages are copied; the others will be, into buffers of units."""
-    state_of: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    state_of: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for p, entries in state.items():
         if not isinstance(p, Tensor):
             state_of[p] = entries
