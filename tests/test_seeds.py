@@ -141,6 +141,7 @@ REFUSED: dict[str, Callable[[list[Tensor]], Any]] = {
     "in the second group": lambda ps: hbfunc.AdamW([{"params": ps[:1]}, {"params": ps[1:], "caution": True}]),
     "FromTransform": lambda ps: hbfunc.FromTransform(ps, hbfunc.cautious(hbfunc.adamw())),
     "MatricesTo": lambda ps: hbfunc.MatricesTo([("w", ps[0]), ("v", ps[1])], hbfunc.adamw(), hbfunc.soap()),
+    "MatricesTo without a matrix": lambda ps: hbfunc.MatricesTo([("w", ps[0]), ("v", ps[1])], hbfunc.muon()),
     "BaseOpt": lambda ps: chainable.BaseOpt(
         ps, {"lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8}, True, "l2_clip_", None, False, chainable.scale_by_adam
     ),

@@ -131,7 +131,7 @@ class ParamGroups(torch.optim.Optimizer):
         """Raise if FSDP1 has flattened and cut a parameter of a group whose transform looks at whole tensors."""
         group = self.param_groups[index]
         flat = [getattr(p, "_fsdp_flattened", False) for p in group["params"]]
-        if not any(flat) or (self.transform(group).elementwise and group["nonfinite"] in ("propagate", "raise")):
+        if not any(flat) or not (self.looks_at_whole(group) or group["nonfinite"] in ("skip", "skip_leaf")):
             return
         params = (p for g in self.param_groups for p in g["params"])
         if any(getattr(p, "_fsdp_flattened", False) and p.ndim > 1 for p in params):
@@ -140,6 +140,10 @@ class ParamGroups(torch.optim.Optimizer):
             f"params[{self._names(index)[flat.index(True)]!r}] is a flat shard of FSDP1, and {type(self).__name__} "
             "with these options looks at whole tensors: expected FSDP2's, torch.distributed.fsdp.fully_shard(model)"
         )
+
+    def looks_at_whole(self, group: dict[str, Any]) -> bool:
+        """Whether a group's steps depend on the shapes of its parameters, or on norms of them."""
+        return not self.transform(group).elementwise
 
     def _names(self, index: int) -> list[str]:
         """Names of a group's parameters: those given, or their indices, counted over all groups."""

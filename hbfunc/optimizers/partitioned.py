@@ -160,3 +160,7 @@ class MatricesTo(FromTransform):
             nonfinite=nonfinite,
             consume_grad=consume_grad,
         )
+
+    def looks_at_whole(self, group: dict[str, Any]) -> bool:
+        """True: the groups were chosen by shapes, and flat shards have none of two dims."""
+        return True
