@@ -10,7 +10,7 @@ Trajectories: both sides get the same 50 recorded gradients in float64, m * cos(
 a scale of its own. The difference is the largest of |a - b|, over steps and entries of a leaf, over the largest of
 |a - p_0|. What the two sides mean by their options differs; the column "translation" says how they were set.
 
-Trainings: a seed decides the initialisation and the batches of both sides, so that differences are paired. At each of
+Trainings: a seed decides the initialization and the batches of both sides, so that differences are paired. At each of
 four learning rates, over five seeds, the final losses are compared. Verdict: "differs" where p < .01 of a paired t-test
 *and* the mean difference exceeds the spread of the package's runs over the seeds, at its best rate or a rate beside it.
 A control runs the package's code against itself, with one weight moved by 1e-6.
@@ -458,7 +458,7 @@ class Protocol:
 def final_loss(
     task: Task, make: Make, lr: float, seed: int, steps: int, nudge: float = 0.0, matrices: bool = False
 ) -> float:
-    """The validation loss, in nats, after a training whose initialisation and batches the seed decides.
+    """The validation loss, in nats, after a training whose initialization and batches the seed decides.
 
     nudge: of the first weight, before. matrices: whether vectors stay as they are.
     """

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def kinds_of(tensors: Iterable[Any]) -> list[str]:
-    """The types of the devices that tensors are on, of which autocast knows something. What is no tensor has none."""
+    """The device types of the tensors among these values, without the meta device, which autocast does not know."""
     return list(dict.fromkeys([x.device.type for x in tensors if isinstance(x, Tensor) and not x.is_meta]))
 
 

@@ -45,7 +45,7 @@ from hbfunc.tree import parts, select, select_leaves, tensors
 
 
 class _Making(threading.local):
-    """What `with_hyperparameters` is about in this thread."""
+    """What `with_hyperparameters` is doing in this thread."""
 
     inside = False  # whether a factory of one is being called
     nested = False  # whether that factory has made another one

@@ -54,7 +54,7 @@ class Made:
 
 
 class Flush(NamedTuple):
-    """The extra "flush", of a call that may be none of the window that it ends."""
+    """The extra "flush" of a call that ends a window of `accumulate`, and may not count as one of its calls itself."""
 
     ends: bool | Tensor | None  # whether gradients that are being gathered are applied now
     counts: int | Tensor = 1  # 0 where nothing has a gradient now
@@ -71,9 +71,9 @@ class Transform(NamedTuple):
         expensive statistics are refreshed now; None decides in the graph), "curvature" (v -> Hessian-vector product),
         "steps" (paths of the leaves whose updates are steps already, see below), "last" (False where something behind
         may change its updates), "flush" (whether gradients that are being gathered are applied now, or a `Flush`; see
-        `accumulate`), "present" (by path, 0-dim bools: which updates are real, and not zeros in the place of none; or
-        None, all are), "rate" (a factor of the learning rates inside that are no hyperparameters of the state, or
-        None), "total" (from sums of squares by path to the sum over all leaves that are stepped together, here and
+        `accumulate`), "present" (by path, 0-dim bools: which updates are real, and not zeros in place of a missing
+        one; or None, all are), "rate" (a factor of the learning rates inside that are no hyperparameters of the state,
+        or None), "total" (from sums of squares by path to the sum over all leaves that are stepped together, here and
         elsewhere; or None, these are all), "decays" (paths of the leaves that weight decay is for; or None, the field
         below says it), "value" (the loss of this step, a 0-dim tensor).
     layout: which rows of a stacked state tensor belong to which parameter: params -> nested dict, shaped like the state
@@ -225,7 +225,7 @@ def transform(
         elif "grads" in needs:
             extras["grads"] = given  # outermost, what it is given are the raw gradients
         ends = extras.get("flush")
-        if isinstance(ends, (bool, Tensor)) and not given:  # it ends a window, and is none of its calls
+        if isinstance(ends, (bool, Tensor)) and not given:  # it ends a window, and does not count as a call
             extras["flush"] = Flush(ends, 1 - ends.to(torch.int64) if isinstance(ends, Tensor) else int(not ends))
         if extras.get("curvature") is not None:
             product = as_around(extras["curvature"], kinds)
@@ -435,8 +435,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 def update_present(
     inner: Transform, state: State, updates: Mapping[str, Tensor], params: Leaves, present: Flat, extras: dict[str, Any]
 ) -> tuple[dict[str, Tensor], State]:
-    """inner.update, where of the updates that it is given some are none: zeros, not `present`, a 0-dim bool by path.
-    Their leaves stay as they are, unless `inner` decides itself (`Transform.every_call`)."""
+    """inner.update for updates of which some stand for a missing gradient: zeros, where `present` (0-dim bools by path)
+    is False. Their leaves stay as they are, unless `inner` decides itself (`Transform.every_call`)."""
     if inner.every_call:
         return inner.update(state, updates, params, present=present, **extras)
     new, after = inner.update(state, updates, params, **extras)

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Of Python and of what hbfunc meets."""
+    """Versions of Python and of the packages that hbfunc works with."""
     yield "hbfunc", hbfunc.__version__
     yield "internals", f"missing from this torch: {', '.join(MISSING)}" if MISSING else "all that are used are there"
     yield "python", f"{platform.python_version()}, {platform.platform()}"
@@ -65,7 +65,7 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def compiler() -> Iterator[tuple[str, str]]:
-    """What torch.compile compiles with."""
+    """The compiler behind torch.compile."""
     try:
         yield "C++", cpp_compiler()
     except Exception as error:  # none, and torch has several ways to say so
@@ -74,7 +74,7 @@ def compiler() -> Iterator[tuple[str, str]]:
 
 
 def devices() -> Iterator[tuple[str, str]]:
-    """Of this machine."""
+    """The devices of this machine."""
     yield "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
@@ -84,7 +84,7 @@ def devices() -> Iterator[tuple[str, str]]:
 
 
 def settings() -> Iterator[tuple[str, str]]:
-    """Of hbfunc.utils, torch and the environment."""
+    """Settings of hbfunc.utils, of torch and of the environment."""
     for name in _SETTINGS:
         yield f"utils.{name}", repr(getattr(utils, name))
     yield "default dtype", str(torch.get_default_dtype())
@@ -99,7 +99,7 @@ Maker = Callable[[Any], torch.optim.Optimizer]
 
 
 def makers() -> dict[str, Maker]:
-    """By name, what makes each of hbfunc's own classes, given named parameters."""
+    """Functions from named parameters to an optimizer, by the name of its class: all of hbfunc's own."""
     own = {cls.__name__: cls for cls in OPTIMIZERS.values() if cls.__module__.startswith("hbfunc.")}
     by_length = sorted(vars(hbfunc).items(), key=lambda pair: -len(pair[0]))
     short_names = {cls: name for name, cls in by_length if isinstance(cls, type)}  # AdamW for ForeachAdamW

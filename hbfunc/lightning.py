@@ -40,12 +40,12 @@ class ScheduleFree(Callback):
             raise TypeError(f"ScheduleFree: no optimizer with eval() and train(), got {kinds}: leave the callback out")
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """To y."""
+        """Put the parameters at y, where gradients are taken."""
         for optimizer in _averaging(trainer):
             optimizer.train()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """To x."""
+        """Put the parameters at the average x."""
         for optimizer in _averaging(trainer):
             optimizer.eval()
 

@@ -70,14 +70,14 @@ class ParametricSchedule:
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """What is no number of it: equal for schedules that differ in numbers alone."""
+        """The schedule without its numbers: equal for schedules that differ in numbers alone."""
         if isinstance(self.formula, partial):
             return self.name, self.formula.func, _hashable(self.formula.args), tuple(self.numbers)
         return self.name, self.formula, tuple(self.numbers)
 
     @property
     def peak(self) -> Value:
-        """The largest of its values before decay: `peak`, or the largest of its start, end, value and parts' peaks."""
+        """The largest value before decay: `peak`, or the largest of `start`, `end`, `value` and the parts' peaks."""
         values = [v for k, v in self.numbers.items() if k.rpartition(".")[2] in ("peak", "start", "end", "value")]
         peaks = [v for k, v in self.numbers.items() if k.rpartition(".")[2] == "peak"]
         values = peaks or values
@@ -86,7 +86,7 @@ class ParametricSchedule:
         return max(values)
 
     def values(self, steps: int) -> Tensor:
-        """Its values at t = 1, ..., steps: a float64 vector."""
+        """The values at t = 1, ..., steps: a float64 vector."""
         return self(torch.arange(1, steps + 1, dtype=torch.float64)).detach()
 
     def plot(self, steps: int, ax: Any = None) -> Any:

@@ -139,7 +139,8 @@ def around(
         it and the step, a Transform of directions that ends with weight decay.
     keeps_signs: the rule divides the gradient by positive numbers, so that `caution` drops nothing; it warns, unless
         MARS or a clipping function of the user's may change signs.
-    options: what else the rule takes, by its names. Numbers with a known range become hyperparameters, as floats do.
+    options: what else the rule takes, by its names. Numbers with a known range (`RANGES`) become hyperparameters, and
+        floats and 0-dim tensors whatever their names.
 
     Raises ValueError for a number outside its range, TypeError for a flag that is no bool.
     """
@@ -157,7 +158,7 @@ def around(
         numbers |= split_betas(betas)
     elif palm:
         raise TypeError(f"palm={short(palm)}: {name} has no second moment, expected False")
-    numbers |= {k: v for k, v in options.items() if k in RANGES and v is not None}
+    numbers |= {k: v for k, v in options.items() if (k in RANGES and v is not None) or isinstance(v, float)}
     numbers |= {"weight_decay": weight_decay, "mars_gamma": mars_gamma}
     numbers |= {k: v for k, v in {"max_grad_norm": max_grad_norm, "lr_peak": lr_peak}.items() if v is not None}
     if betas is not None:
@@ -273,6 +274,9 @@ def _registered(fn: Callable[..., Transform], listed: Sequence[inspect.Parameter
         for name in options:
             if name not in values:
                 raise TypeError(f"{fn.__name__}: unknown option {name!r}, expected one of {', '.join(values)}")
+        for name, value in given.items():  # doubt=1 is the number that doubt=1.0 is
+            if type(value) is int and type(values[name]) is float and name not in RANGES:
+                given[name] = float(value)
         return fn(**{**values, **given})
 
     wrapper.__signature__ = signature  # type: ignore[attr-defined]

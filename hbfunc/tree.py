@@ -116,7 +116,7 @@ def _with(state: State, place: Place, value: Any) -> State:
 
 
 def value_at(state: Mapping[str, Any], place: Place) -> Any:
-    """What is at a place."""
+    """The tensor, or the dict, at a place."""
     for key in place:
         state = state[key]
     return state

@@ -39,32 +39,32 @@ StatefulOptimizer: type[torch.optim.Optimizer] = torch.optim.Optimizer
 
 
 def l2_clip_(x: Tensors, clip_at: float = 1.0) -> Tensors:
-    """x * min(1, clip_at / |x|)."""
+    """Shrink to a Euclidean norm of at most `clip_at`: x * min(1, clip_at / |x|)."""
     return _each(x, lambda t: clipping.l2(t, clip_at))
 
 
 def rmsnorm_clip_(x: Tensors, clip_at: float = 1.0) -> Tensors:
-    """x * min(1, clip_at / rms(x))."""
+    """Shrink to a root mean square of at most `clip_at`: x * min(1, clip_at / rms(x))."""
     return _each(x, lambda t: clipping.rmsnorm(t, clip_at))
 
 
 def trust_region_clip_(grad: Tensors, lerp: float = 0.9, scale: float = 1.5) -> Tensors:
-    """Smoothly into [-2, 2], see `hbfunc.trust_region_clip`."""
+    """Squash smoothly into [-2, 2], see `hbfunc.trust_region_clip`."""
     return _each(grad, lambda t: clipping.trust_region(t, lerp, scale))
 
 
 def mu_law_compress(x: Tensors, mu: float = 127.0) -> Tensors:
-    """sgn(x) * ln(1 + mu |x|) / ln(1 + mu)."""
+    """Compress by the mu law: sgn(x) * ln(1 + mu |x|) / ln(1 + mu)."""
     return _each(x, lambda t: clipping.mu_law(t, mu))
 
 
 def a_law_compress(x: Tensors, A: float = 87.6) -> Tensors:
-    """sgn(x) * (a if a < 1 else 1 + ln a) / (1 + ln A), a = A |x|."""
+    """Compress by the A law: sgn(x) * (a if a < 1 else 1 + ln a) / (1 + ln A), a = A |x|."""
     return _each(x, lambda t: clipping.a_law(t, A))
 
 
 def identity(x: Any) -> Any:
-    """x."""
+    """Return x as it is."""
     return x
 
 

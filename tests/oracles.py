@@ -264,7 +264,7 @@ def laprop(
     beta2_scale: float = 0.8,
     **options: Any,
 ) -> list[Params]:
-    """LaProp (Ziyin et al. 2020): momentum of the normalised gradient."""
+    """LaProp (Ziyin et al. 2020): momentum of the normalized gradient."""
 
     def rule(u: Array, s: State) -> Array:
         return scale_by_laprop(u, s, b(betas[0], s["t"]), second(betas[1], s["t"], palm, beta2_scale), eps)
@@ -285,7 +285,7 @@ def adopt(
     debias: bool = True,
     **options: Any,
 ) -> list[Params]:
-    """ADOPT (Taniguchi et al. 2024), as in the authors' code since the clip: normalise by the old v, clip, average.
+    """ADOPT (Taniguchi et al. 2024), as in the authors' code since the clip: normalize by the old v, clip, average.
 
     m is plain, from 0. Without the clip, entries whose v is 0 add nothing. PaLM's t is the step's, 1 at v = u^2.
     """

@@ -56,7 +56,7 @@ def test_nothing_is_said_where_nothing_is_compiled(untold, monkeypatch, caplog, 
 def test_a_class_explains_itself(cls):
     """The rule, where to start, and each argument with its default and what it means."""
     said = inspect.getdoc(cls)
-    assert "\nWhere to start: lr = " in said
+    assert "\nWhere to start with lr: " in said
     assert f"hbfunc.{cls.recipe.__name__}" in said
     for name, parameter in inspect.signature(cls).parameters.items():
         assert re.search(rf"(^    |, ){name}( = |: )", said, re.MULTILINE), name

@@ -1,4 +1,4 @@
-"""NorMuon: what its normalisation keeps, and the matrices on which it could divide by zero."""
+"""NorMuon: what its normalization keeps, and the matrices on which it could divide by zero."""
 
 from __future__ import annotations
 

@@ -310,7 +310,7 @@ def test_polar_methods_keep_their_bands(method: Callable[[Array], Array], low: f
 def test_soap_on_diagonal_gradients_is_its_inner_rule(inner: str) -> None:
     """Bases are permutations then, and the columns change places: sees a second moment that does not follow them.
 
-    eps keeps the rounding errors beside the diagonal from being normalised to size 1.
+    eps keeps the rounding errors beside the diagonal from being normalized to size 1.
     """
     p0, grads = problem({"w": (4, 4)}, 20)
     rng = np.random.default_rng(3)

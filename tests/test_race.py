@@ -38,7 +38,7 @@ def text():
 
 
 def test_lanes_equal_torch_optim(digits):
-    """Every lane of adamw scores what torch.optim.AdamW does, with that initialisation and rate, on those batches."""
+    """Every lane of adamw scores what torch.optim.AdamW does, with that initialization and rate, on those batches."""
     plan = Plan(lrs=[1e-3, 1e-2], steps=20, batch_size=32, seed=5, repeats=2)
     curves = train(digits, recipes()["adamw"], plan)
     x, y = digits.valid
@@ -60,7 +60,7 @@ def test_lanes_equal_torch_optim(digits):
 
 @pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
 def test_every_optimizer_trains(digits, cls, monkeypatch):
-    """Forty steps at one of two rates read at least four digits in ten, whatever the initialisation."""
+    """Forty steps at one of two rates read at least four digits in ten, whatever the initialization."""
     monkeypatch.setattr("hbfunc.race.train.EVALUATIONS", 4)
     plan = Plan(lrs=list(rates(cls.recipe.__name__)), steps=40, batch_size=128, repeats=2)
     ticks: list[int] = []
@@ -191,7 +191,7 @@ def test_summary_of_losses(text):
 
 
 def test_scores_are_means_over_initialisations(digits):
-    """And one initialisation that diverged makes the learning rate count as diverged."""
+    """And one initialization that diverged makes the learning rate count as diverged."""
     scores = torch.tensor([[[0.25, 0.75], [math.nan, 0.75]]])
     result = report.summarize(digits, "a", [0.1, 0.2], Curves([10], scores, 1.0), 0.5)
     assert (result.run.lr, result.run.final, result.run.steps_to_target) == (0.1, 0.5, 10)

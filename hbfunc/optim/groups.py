@@ -121,7 +121,7 @@ class ParamGroups(torch.optim.Optimizer):
         check_flags(**{k: group[k] for k in ("foreach", "train_mode", "curvature") if k in group})
         if group.get("consume_grad") is not None:
             check_flags(consume_grad=group["consume_grad"])
-        random.key(group["seed"])  # raises for what is none
+        random.key(group["seed"])  # raises for what is no seed
         tx = self.transform(group)
         with_policy(tx, group["nonfinite"])
         for name, p in steppable:

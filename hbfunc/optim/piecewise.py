@@ -23,14 +23,15 @@ _ENTRIES_ELSEWHERE = 1 << 24  # where every operation costs a launch
 
 
 def fits(transform: Transform) -> bool:
-    """Whether a transform may be given some leaves at a time, and parts of them, and asks for nothing about all."""
+    """Whether a transform may be given some leaves at a time, and parts of leaves: it is elementwise, and needs nothing
+    that depends on all of them, nor a call for leaves without a gradient."""
     alone = transform.layout is None and not transform.every_call and "total" not in transform.needs
     return transform.elementwise and alone
 
 
 class _Piece(NamedTuple):
-    """Leaves by their numbers, of the only one the entries from `start` to `stop`; its step, and which tensors of the
-    state that takes."""
+    """A piece: leaves by their numbers, or the entries from `start` to `stop` of a single one; the function that steps
+    it, and the numbers of the state's tensors which that takes."""
 
     leaves: list[int]
     start: int | None
@@ -95,7 +96,8 @@ class PieceByPiece:
             yield step(ps, gs, xs, ()) or [], shared
 
     def _planned(self, params: Sequence[Tensor], given: dict[int, Tensor], tensors: Sequence[Tensor]) -> list[_Piece]:
-        """The pieces: made once, unless memory is laid out in another way. What is rounded, by name, is whole."""
+        """The pieces: made once, unless memory is laid out in another way. A leaf whose results are rounded is one
+        piece, since the random bits of an entry depend on its place in the leaf."""
         whole = [
             not (p.ndim and p.is_contiguous() and p.dtype == compute_dtype(p))
             or (i in given and not given[i].is_contiguous())

@@ -6,17 +6,19 @@ recompile nothing.
 
 What happens in `step()`:
 
-1. The closure, if there is one, is called: its loss, and the gradients.
-2. Every gradient is compared with its parameter: layout, dtype, shape, device (gradients.py). Then it may have to be
-   finite.
+1. The closure, if there is one, is called: its loss, and the gradients. All that follows is outside of autocast.
+2. Options and schedules of the groups are read, and every gradient is compared with its parameter: layout, dtype,
+   shape, device (gradients.py); with nonfinite="raise" it has to be finite.
 3. The units of each group (parameters that step together) are made, kept, or renewed if options, parameters or entries
    of `state` have changed since the last step (units.py).
 4. Numbers of the groups that have changed are checked and written to the hyperparameters in the units' states.
 5. Each unit's schedule decides whether this step refreshes; curvature is asked for its Hessian-vector products.
-6. Units whose transforms clip by the norm of all parameters are told it (gradients.py).
-7. If there are several units, all are rehearsed: an error comes here, before anything has been written.
-8. Each unit runs its graph, which writes parameters and state in place (unit.py, sharded.py for DTensors).
-9. Averages move, and the gradients that were used are cleared.
+6. Units are told what none of them knows alone: whether all that skip together have finite gradients, and the norm of
+   all parameters, if their transforms clip by it (gradients.py).
+7. If there are several units, they are rehearsed: an error comes here, before anything has been written.
+8. Each unit runs its graph, or its pieces without compilation (piecewise.py), and writes parameters and state in place
+   (unit.py; sharded.py and owned.py for DTensors).
+9. Averages move, the gradients that were used are cleared, and the groups' schedules go on to the next step.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ class FromTransform(Averaging, WithCurvature):
     transforms inside have some, with their names in front, as in "matrices.lr". Every group has an "lr", for LR
     schedulers to drive. It is the transform's learning rate, if there is only one and it is a hyperparameter. Otherwise
     it is 1 at first and a factor: of all learning rates inside, whether hyperparameters, constants or schedules, and of
-    the updates of a transform, or a part of a `partition`, that has none. A group may bring a "transform" of its own.
-    The average of a `with_ema` inside is called "transform.ema" in `state[p]`, or by its place ("with_ema.ema"); "ema"
-    is that of `use_ema`.
+    the updates of a transform, or a part of a `partition`, without a learning rate. A group may bring a "transform" of
+    its own. The average of a `with_ema` inside is called "transform.ema" in `state[p]`, or by its place
+    ("with_ema.ema"); "ema" is that of `use_ema`.
 
     params: as in torch.optim; `named_parameters()` if the transform looks at paths (`partition`, `masked`).
     foreach: False steps the parameters one by one, which is the same unless the transform looks at several at once: a

@@ -63,7 +63,7 @@ def adamw(
 
 @like(adamw, without=("add_eps",))
 def laprop(**options: Any) -> Transform:
-    """LaProp (Ziyin et al. 2020, arXiv 2002.04839): Adam with the normalisation before the momentum.
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839): Adam with the normalization before the momentum.
 
     v <- average of g^2 with beta2;  m <- average of g / max(sqrt(v), eps) with beta1, both debiased
     p <- p - lr * (m + weight_decay * p)
@@ -148,7 +148,7 @@ class ForeachAdamW(RecipeOptimizer, recipe=adamw, foreach_before="storage_dtype"
 
 
 class ForeachLaProp(RecipeOptimizer, recipe=laprop, foreach_before="storage_dtype"):
-    """LaProp (Ziyin et al. 2020, arXiv 2002.04839): Adam with the normalisation before the momentum."""
+    """LaProp (Ziyin et al. 2020, arXiv 2002.04839): Adam with the normalization before the momentum."""
 
     start = "the rate of AdamW"
 

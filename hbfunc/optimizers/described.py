@@ -32,7 +32,7 @@ def described(cls: type[RecipeOptimizer]) -> str | None:
     title, _, rule = read(cls.recipe.__doc__, known)[0].partition("\n\n")
     parts = [
         own or title,
-        f"Where to start: lr = {cls.start}." if cls.start else "",
+        f"Where to start with lr: {cls.start}." if cls.start else "",
         rule,
         f"As a function: hbfunc.{cls.recipe.__name__}. A step clears the gradients; consume_grad=False keeps them.",
         "\n".join(["Arguments, with their defaults:", *listed(cls)]),

@@ -39,8 +39,8 @@ def shampoo(**options: Any) -> Transform:
 def kl_shampoo(**options: Any) -> Transform:
     """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378): u = L^(-1/2) m R^(-1/2), L and R fitted as in `soap(kl=True)`.
 
-    The arguments and the schedule of the bases are those of `soap`, and the first step moves nothing. beta2 is of
-    vectors and other leaves without a factor, which get Adam; its learning rates suit the matrices, too.
+    The arguments and the schedule of the bases are those of `soap`, and the first step moves nothing. beta2 is
+    for vectors and other leaves without a factor, which get Adam, whose learning rates suit the matrices too.
     """
     return _around("kl_shampoo", kl=True, **options)
 

@@ -18,8 +18,8 @@ from hbfunc.transforms.adaptive import scale_by_laprop
 def sign_laprop(**options: Any) -> Transform:
     """The sign of LaProp's momentum (Ziyin et al. 2020, arXiv 2002.04839): every entry moves by lr, as in Lion.
 
-        v <- average of g^2 with beta2;  m <- average of g / max(sqrt(v), eps) with beta1, both debiased
-        p <- p - lr * (sign(m) + weight_decay * p)
+    v <- average of g^2 with beta2;  m <- average of g / max(sqrt(v), eps) with beta1, both debiased
+    p <- p - lr * (sign(m) + weight_decay * p)
     """
 
     def rule(beta1: Number, beta2: Number, eps: Any) -> Transform:

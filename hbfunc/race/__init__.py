@@ -1,8 +1,8 @@
 """A race between optimizers: `python -m hbfunc.race` trains a small network on real data with each of them.
 
-Every optimizer runs over the same grid of learning rates, from the same initialisations and on the same batches, and a
+Every optimizer runs over the same grid of learning rates, from the same initializations and on the same batches, and a
 whole grid is *one* training: parameters and optimizer state carry a leading dimension of lanes, one lane for each
-learning rate and initialisation, and `torch.vmap` maps the step over it. So the race is also a worked example of the
+learning rate and initialization, and `torch.vmap` maps the step over it. So the race is also a worked example of the
 functional interface:
 
     tasks     what is trained: data, model, loss and score

@@ -95,11 +95,11 @@ def parser() -> Parser:
     add(
         "--repeats",
         type=count,
-        help=f"initialisations per learning rate; the scores are means over them {by_task(lambda d: d.repeats)}",
+        help=f"initializations per learning rate; the scores are means over them {by_task(lambda d: d.repeats)}",
     )
     add("--steps", type=count, help=f"training steps {by_task(lambda d: d.steps)}")
     add("--batch-size", type=count, help=f"examples in a batch {by_task(lambda d: d.batch_size)}")
-    add("--seed", type=seed, default=0, help="of the initialisations and the batches (default: 0)")
+    add("--seed", type=seed, default=0, help="of the initializations and the batches (default: 0)")
     add("--target", type=positive, help=f"the score to reach {by_task(lambda d: d.target)}")
     ranks = "the final score, or the steps to the target (default: score)"
     add("--rank-by", choices=["score", "steps"], default="score", help=ranks)
@@ -180,7 +180,7 @@ def race(p: Parser, args: argparse.Namespace, device: torch.device, trainer: Tra
         return 0
 
     each = f"{len(plan.lrs)} learning rate{'s' * (len(plan.lrs) > 1)}"
-    each += f" x {plan.repeats} initialisations" * (plan.repeats > 1)
+    each += f" x {plan.repeats} initializations" * (plan.repeats > 1)
     print(f"\n{task.name}: {each} per optimizer, {plan.steps} steps of batch {plan.batch_size}")
     print(f"{task.metric}, ranked by {'final score' if args.rank_by == 'score' else 'steps to the target'}\n")
     print(report.table(task, ranked, target))

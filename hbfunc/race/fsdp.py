@@ -1,6 +1,6 @@
 """The training on several ranks: `torchrun --nproc-per-node 2 -m hbfunc.race --fsdp`.
 
-Each learning rate and initialisation is a training of its own, of a model under FSDP2's `fully_shard`, stepped by the
+Each learning rate and initialization is a training of its own, of a model under FSDP2's `fully_shard`, stepped by the
 optimizer as a class; each rank takes its share of every batch. The numbers are those of the lanes of one process, but
 for the rounding of sums. It is also a worked example of the classes under FSDP2.
 """

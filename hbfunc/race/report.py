@@ -1,6 +1,6 @@
 """Reports on a race: the best learning rate of each optimizer, a ranking of them, and three ways to show it.
 
-The learning rate of an optimizer is the one with the best final score, as the mean over the initialisations; ties go
+The learning rate of an optimizer is the one with the best final score, as the mean over the initializations; ties go
 to the best score on the way, then to the fewest steps to the target. The optimizers are ranked the same way. With
 `by="steps"` the steps to the target come first.
 """
@@ -18,7 +18,7 @@ Criterion = Literal["score", "steps"]
 
 
 class Run(NamedTuple):
-    """One optimizer at one learning rate: its scores, as means over the initialisations, and what is read off them."""
+    """One optimizer at one learning rate: its scores, as means over the initializations, and what is read off them."""
 
     lr: float
     scores: list[float]

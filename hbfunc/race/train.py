@@ -1,6 +1,6 @@
-"""Training for the race: one optimizer, its whole grid of learning rates and all initialisations, as one sweep.
+"""Training for the race: one optimizer, its whole grid of learning rates and all initializations, as one sweep.
 
-A lane is one learning rate with one initialisation. `hbfunc.sweep` maps the training step over the lanes, with the same
+A lane is one learning rate with one initialization. `hbfunc.sweep` maps the training step over the lanes, with the same
 batches for all; a lane that diverges scores NaN from there on, and touches no other.
 """
 
@@ -52,7 +52,7 @@ class Curves(NamedTuple):
 
 
 def train(task: Task, entry: Entry, plan: Plan, tick: Callable[[int], object] = lambda lanes: None) -> Curves:
-    """Train `task` with `entry` at each learning rate and initialisation; calls `tick` after every step."""
+    """Train `task` with `entry` at each learning rate and initialization; calls `tick` after every step."""
     with torch.device("meta"):  # only the model's structure is needed
         model = task.build()
     ticks: list[float] = []

@@ -59,7 +59,7 @@ def init(
 ) -> Lanes:
     """K lanes at step 0.
 
-    params: a tree of tensors that all lanes start from; a function from a seed to one, for an initialisation per value
+    params: a tree of tensors that all lanes start from; a function from a seed to one, for an initialization per value
         of the column "seed" (see `seeded`); with `stacked`, a tree of [K, ...] tensors, and so are the buffers
         (torch.func.stack_module_state).
     tx: a factory whose arguments name all columns, but for "seed", which it may leave out; a Transform where "seed" is

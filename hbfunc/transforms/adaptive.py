@@ -125,7 +125,7 @@ def scale_by_adopt(
     clip_exp: float | Tensor | None = 0.25,
     debias: bool = True,
 ) -> Transform:
-    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853), as in its authors' code: normalise by the *previous* v.
+    """ADOPT (Taniguchi et al. 2024, arXiv 2411.02853), as in its authors' code: normalize by the *previous* v.
 
     t = 1: v = u^2, and the update is 0. Later, with c = (t - 1)^clip_exp,
     m <- beta1 m + (1 - beta1) clamp(u / max(sqrt(v), eps), -c, c), then v <- avg(u^2, beta2). The update is m, which

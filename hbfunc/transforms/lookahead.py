@@ -15,7 +15,7 @@ from hbfunc.schedules import count_zeros, increment
 
 @remembered
 def lookahead(inner: Transform, steps: int | Tensor = 5, alpha: float | Tensor = 0.5) -> Transform:
-    """Lookahead (Zhang et al. 2019, arXiv 1907.08610): every `steps` steps of `inner`, of a leaf with a gradient,
+    """Lookahead (Zhang et al. 2019, arXiv 1907.08610): after every `steps` steps that `inner` makes of a leaf,
 
         slow <- slow + alpha * (fast - slow);  fast <- slow
 

@@ -24,7 +24,8 @@ def clip_by_global_norm(max_norm: float | Tensor) -> Transform:
     vmap each lane has its norm. Of DTensors it is the norm of the whole tensors, with one reduction by mesh.
     max_norm: above 0; infinity clips nothing.
 
-    Who steps leaves in parts tells the extra "total", so that the norm is that of all parts. Raises ValueError for a
+    A caller who steps leaves in parts passes the extra "total", a function from the sums of squares of some leaves, by
+    path, to the sum over all, so that the norm is that of all parts. Raises ValueError for a
     max_norm outside (0, inf].
     """
     check_number("max_norm", max_norm, 0, math.inf, open_low=True)

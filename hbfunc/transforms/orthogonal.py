@@ -1,4 +1,4 @@
-"""Orthogonalised updates: every direction of a matrix moves equally far (Muon)."""
+"""Orthogonalized updates: every direction of a matrix moves equally far (Muon)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Shampoo (Gupta et al. 2018, arXiv 1802.09568) and KL-Shampoo (Lin et al. 2025, arXiv 2509.03378), on SOAP's state.
 
-A momentum is multiplied by a power of the covariance of each mode. What its eigenvectors are, SOAP's bases say, which
-follow by an orthogonal iteration now and then; its eigenvalues are estimated at each step. No step decomposes a matrix,
-but the first.
+A momentum is multiplied by a power of the covariance of each mode. SOAP's bases stand for its eigenvectors,
+and follow them by an orthogonal iteration now and then; its eigenvalues are estimated at each step. No step decomposes
+a matrix but the first.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def scale_by_shampoo(
     and the bases are those of the step before.
 
     kl: KL-Shampoo: covariances as in `scale_by_soap(kl=True)`, p = 1/2, and no other length.
-    beta1: of m; beta2 and eps: of Adam's v, both with the counts of SOAP's moments. Blocks without any factor, such as
-        vectors, get Adam.
+    beta1: decay of m. beta2, eps: decay of Adam's v, and the least that sqrt(v) counts as; with the counts of SOAP's
+        moments. Blocks without any factor, such as vectors, get Adam.
     The other options, `refresh=`, and what is raised: as in `scale_by_soap`.
     """
     check_adam(beta1, beta2, eps)
