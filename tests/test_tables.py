@@ -81,6 +81,27 @@ def test_every_tensor_of_a_state_is_a_parameters(row: Row) -> None:
     assert [p for p, _ in places(state) if p not in seen and p[:-1] not in seen] == []
 
 
+def test_floats_are_hyperparameters_whatever_their_names() -> None:
+    """A number of a stranger's rule, also where it is given as an int; the choices beside it stay choices."""
+
+    def rule(doubt: float, size: int) -> hbfunc.Transform:
+        return hbfunc.scale(doubt * size)
+
+    @recipe
+    def doubtful(lr: float = 1.0, doubt: float = 0.5, size: int = 2, **common: object) -> hbfunc.Transform:
+        return around("doubtful", rule, lr=lr, doubt=doubt, size=size, **common)
+
+    REGISTERED.pop("doubtful")
+    params = {"w": torch.ones(3)}
+    for doubt in (0.25, 1):
+        tx = doubtful(doubt=doubt)
+        state = tx.init(params)
+        assert state["hyper"]["doubt"].item() == doubt
+        assert "size" not in state["hyper"]
+        state["hyper"]["doubt"] = torch.tensor(4.0)
+        assert tx.update(state, {"w": torch.ones(3)}, params)[0]["w"].tolist() == [-8.0] * 3
+
+
 def test_what_others_define_replaces_nothing() -> None:
     """A stranger's recipe called "adamw", and a class of it."""
     before, titles = dict(REGISTERED), dict(OPTIMIZERS)
