@@ -52,7 +52,15 @@ from hbfunc.optimizers.psgd import (
     psgd_kron,
     psgd_pro,
 )
-from hbfunc.optimizers.schedule_free import ForeachSFAdamW, PaLMForeachSFAdamW, PaLMSFAdamW, SFAdamW, sfadamw
+from hbfunc.optimizers.schedule_free import (
+    SFSGD,
+    ForeachSFAdamW,
+    PaLMForeachSFAdamW,
+    PaLMSFAdamW,
+    SFAdamW,
+    sfadamw,
+    sfsgd,
+)
 from hbfunc.optimizers.sgd import SGD, sgd
 from hbfunc.optimizers.shampoo import KLShampoo, Shampoo, kl_shampoo, shampoo
 from hbfunc.optimizers.sign_laprop import SignLaProp, sign_laprop
@@ -84,13 +92,14 @@ from hbfunc.transforms.clipping import (
     rmsnorm_clip,
     trust_region_clip,
 )
+from hbfunc.transforms.hyperball import hyperball
 from hbfunc.transforms.lookahead import lookahead
 from hbfunc.transforms.momentum import exp_avg, heavyball_momentum, nesterov_momentum
 from hbfunc.transforms.norms import adaptive_gradient_clip, clip_by_global_norm
 from hbfunc.transforms.orthogonal import orthogonalize
 from hbfunc.transforms.orthograd import orthograd
 from hbfunc.transforms.psgd import scale_by_psgd
-from hbfunc.transforms.schedule_free import schedule_free, schedule_free_eval_params, schedule_free_train_params
+from hbfunc.transforms.schedule_free import gpa, schedule_free, schedule_free_eval_params, schedule_free_train_params
 from hbfunc.transforms.soap import scale_by_soap
 from hbfunc.transforms.steps import (
     add_decayed_weights,
@@ -106,6 +115,7 @@ __all__ = [
     "ADOPT",
     "KLSOAP",
     "PSGDPRO",
+    "SFSGD",
     "SGD",
     "SOAP",
     "SOLP",
@@ -176,7 +186,9 @@ __all__ = [
     "embeddings_and_head",
     "exp_avg",
     "freeze",
+    "gpa",
     "heavyball_momentum",
+    "hyperball",
     "hypergrad",
     "identity",
     "kl_shampoo",
@@ -221,6 +233,7 @@ __all__ = [
     "schedule_free_train_params",
     "set_to_zero",
     "sfadamw",
+    "sfsgd",
     "sgd",
     "shampoo",
     "sign_laprop",

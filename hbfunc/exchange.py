@@ -114,6 +114,12 @@ def sum_everywhere(values: Mapping[str, Tensor], of: Mapping[str, Any]) -> Tenso
     return summed([*whole, *(over_ranks(summed(here), mesh) for mesh, here in meshes.items())])
 
 
+def everywhere(x: Any) -> Tensor:
+    """A small tensor, whole on every rank."""
+    whole: Tensor = x.full_tensor() if is_sharded(x) else x
+    return whole
+
+
 def holders(x: Any) -> int:
     """How many ranks have the same of a tensor: of a DTensor, those along whose dims of the mesh it is replicated."""
     if not is_sharded(x):

@@ -31,7 +31,10 @@ from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.ranges import check_choice, check_number
 from hbfunc.schedules import Number, after_first, palm_beta2, per_peak, warmup
 from hbfunc.transforms.clipping import Clip, clip_by
+from hbfunc.transforms.hyperball import hyperball as hyperball_
+from hbfunc.transforms.hyperball import outside_of_spheres
 from hbfunc.transforms.norms import clip_by_global_norm
+from hbfunc.transforms.schedule_free import schedule_free as schedule_free_
 from hbfunc.transforms.steps import Mask, add_decayed_weights, scale_by_learning_rate
 
 Clipping = str | Clip | Transform | None
@@ -54,7 +57,10 @@ RANGES = {  # of hyperparameters: from, to, and whether each end is left out
     "growth_rate": (1, _INF, False, True),
     "preconditioner_update_probability": (0, 1, False, False),
     **dict.fromkeys(("r", "weight_lr_power"), (-_INF, _INF, True, True)),
+    "schedule_free_beta": (0, 1, True, True),
 }
+
+ENDS = ("hyperball", "schedule_free", "schedule_free_beta")  # options that a recipe with a `tail` or `steps` has not
 
 RECIPES: dict[str, Callable[..., Transform]] = {}  # the first of each name, in the order of their definitions
 
@@ -78,6 +84,9 @@ class Common(TypedDict, total=False):
     lr_peak: float | Tensor | None
     decay_mask: Mask
     cautious_weight_decay: bool
+    hyperball: bool
+    schedule_free: bool
+    schedule_free_beta: float | Tensor | None
     seed: int | Tensor
 
 
@@ -103,6 +112,9 @@ def around(
     lr_peak: float | Tensor | None = None,
     decay_mask: Mask = None,
     cautious_weight_decay: bool = False,
+    hyperball: bool = False,
+    schedule_free: bool = False,
+    schedule_free_beta: float | Tensor | None = None,
     seed: int | Tensor = 0,
     tail: Callable[..., Transform] | None = None,
     steps: bool = False,
@@ -123,6 +135,11 @@ def around(
     decay_mask: which leaves decay, a function (path, parameter) -> bool such as `no_decay_for_vectors`, or a tree of
         bools; None, all of them.
     cautious_weight_decay: decay only the entries with u * p >= 0 (Chen et al. 2025, arXiv 2510.12402).
+    hyperball: parameters of two and more dims keep the norm they began with, and lr is the sine of a step's largest
+        angle; they do not decay. See the transform `hyperball`.
+    schedule_free: the steps move a sequence z, and the parameters are between it and its average, at which a model is
+        evaluated: `schedule_free_eval_params`, or `eval()` of a class (Defazio et al. 2024, arXiv 2405.15682).
+    schedule_free_beta: how close to the average they are, in (0, 1); None is 0.9.
     max_grad_norm: the gradients of all leaves together are shrunk to this norm, see `clip_by_global_norm`; None does
         not. It comes behind MARS and before all else.
     storage_dtype: of what is kept: "float32" (float64 for float64 parameters), "bfloat16", stochastically rounded, or
@@ -145,8 +162,10 @@ def around(
     Raises ValueError for a number outside its range, TypeError for a flag that is no bool.
     """
     check_flags(mars=mars, caution=caution, palm=palm, caution_scaling=caution_scaling)
-    check_flags(cautious_weight_decay=cautious_weight_decay)
+    check_flags(cautious_weight_decay=cautious_weight_decay, hyperball=hyperball, schedule_free=schedule_free)
     check_decay(name, decay, lr, lr_peak, steps)
+    check_end(name, hyperball, schedule_free, schedule_free_beta, steps or tail is not None)
+    decay_mask = outside_of_spheres(decay_mask) if hyperball else decay_mask
     named = all(clip is None or isinstance(clip, str) for clip in (gradient_clipping, update_clipping))
     if keeps_signs and caution is True and mars is False and named:
         warnings.warn(
@@ -163,6 +182,8 @@ def around(
     numbers |= {k: v for k, v in {"max_grad_norm": max_grad_norm, "lr_peak": lr_peak}.items() if v is not None}
     if betas is not None:
         numbers["beta2_scale"] = beta2_scale
+    if schedule_free:
+        numbers["schedule_free_beta"] = 0.9 if schedule_free_beta is None else schedule_free_beta
     numbers = {k: number(k, v) for k, v in numbers.items()} | {
         k: v for k, v in options.items() if isinstance(v, Tensor)
     }
@@ -175,6 +196,7 @@ def around(
         beta2_scale: Any = None,
         max_grad_norm: Any = None,
         lr_peak: Any = None,
+        schedule_free_beta: Any = None,
         **more: Any,
     ) -> Transform:
         more = {**choices, **more}
@@ -191,8 +213,13 @@ def around(
             scaled = rule(**more)
             amount = weight_decay if scaled.first_step_moves else after_first(weight_decay)
             shrink = add_decayed_weights(amount, decay_mask, cautious_weight_decay)
-            step = scale_by_learning_rate(rate) if tail is None else tail(rate, **more)
-            middle = [scaled, *behind, shrink, step]
+            if tail is not None:
+                end = tail(rate, **more)
+            elif schedule_free:
+                end = schedule_free_(rate, schedule_free_beta)
+            else:
+                end = (hyperball_ if hyperball else scale_by_learning_rate)(rate)
+            middle = [scaled, *behind, shrink, end]
         return with_storage(
             chain(
                 *before(mars, mars_gamma, momentum, gradient_clipping, max_grad_norm),
@@ -339,6 +366,16 @@ def check_decay(name: str, decay: Any, lr: Number, lr_peak: Any, finds_rate: boo
         raise TypeError(f"decay={decay!r}, lr={short(lr)}: nobody knows the peak of a function, expected lr_peak too")
     if decay == "independent" and finds_rate:
         raise TypeError(f"decay='independent' in {name}, which finds its learning rate: expected 'coupled' or 'adamc'")
+
+
+def check_end(name: str, hyperball: bool, schedule_free: bool, beta: Any, has_one: bool) -> None:
+    """Raise TypeError where a step cannot end as said, and for a `schedule_free_beta` that has no effect."""
+    for option in [k for k, on in {"hyperball": hyperball, "schedule_free": schedule_free}.items() if on and has_one]:
+        raise TypeError(f"{option}=True in {name}, which makes steps in a way of its own: expected False")
+    if hyperball and schedule_free:
+        raise TypeError("hyperball=True and schedule_free=True: an average is on no sphere, expected one of them")
+    if beta is not None and not schedule_free:
+        raise TypeError(f"schedule_free_beta={short(beta)} has no effect with schedule_free=False: leave it out")
 
 
 def peak_of(lr: Number, lr_peak: float | Tensor | None) -> float | Tensor:

@@ -7,7 +7,7 @@ as they please. So what a key means is never read off the key alone:
     "inner"                     the state of the wrapped transform: where its value is a dict
     "skipped", "in_a_row"       counters of skipped steps: beside an "inner" that is a dict (`apply_if_finite`)
     "ema"                       averages of the parameters: beside "count" and "inner", and nothing else (`with_ema`)
-    "z", "weight_sum"           of `schedule_free`: where both are dicts
+    "z"                         of `schedule_free` and `gpa`: where it and "weight_sum" or "beta1" beside it are dicts
     "count"                     steps by leaf: where its value is a dict
     "key"                       a random key for all leaves: beside a dict
     "rounding", "storage", ...  what rounds the results of a rule, and is no part of it (`hbfunc.precision`)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ STOCHASTIC = {
     "matches_the_oracle": "stochastic rounding is not in the oracle: see test_precision.py",
     "differentiates": "the derivative passes straight through a rounding, finite differences see its steps",
 }
-SOMETIMES = ("max_grad_norm", "lr_peak")  # numbers of the state where they are given
+SOMETIMES = ("max_grad_norm", "lr_peak", "schedule_free_beta")  # numbers of the state where they are given
 # How weight decay goes, and the norm of all gradients.
 DECAYS: dict[str, dict[str, Any]] = {
     "decays": {
@@ -100,6 +101,11 @@ DECAYS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 2.0,
     },
 }
+# What comes in the place of a learning rate, for the recipes that end in one.
+ENDS: dict[str, dict[str, Any]] = {
+    "hyperball": {"hyperball": True, "weight_decay": 0.4, "warmup_steps": 3},
+    "schedule_free": {"schedule_free": True, "schedule_free_beta": 0.8, "weight_decay": 0.4, "warmup_steps": 3},
+}
 # What every recipe has, one option at a time, and every clipping rule.
 OPTIONS: dict[str, dict[str, Any]] = {
     "": {},
@@ -116,6 +122,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "oracle_kwargs": {"gradient_clipping": np.tanh},
     },
     **DECAYS,
+    **ENDS,
 }
 BFLOAT16: dict[str, Any] = {"storage_dtype": "bfloat16", "seed": 3}
 MANY: dict[str, Any] = {
@@ -156,6 +163,7 @@ def first_order(
     `rows`. also: what else it combines."""
     numbers = (*SHARED, *more)
     idle = ("caution", "caution-unscaled") if factory in (hbfunc.rmsprop, hbfunc.sfadamw) else ()  # there they warn
+    idle += tuple(ENDS) if factory is hbfunc.sfadamw else ()  # it has an end of its own
     several = {**MANY, "betas": (0.7, 0.8), "eps": 0.4, "palm": True, "beta2_scale": 0.6, **also}
     options = {
         **{k: v for k, v in OPTIONS.items() if k not in idle},
@@ -212,6 +220,19 @@ def _looking_ahead(params: Arrays, grads: list[Arrays], lr: float, steps: int, a
             if counts[k] % steps == 0:
                 fast[k] = slow[k] = slow[k] + alpha * (fast[k] - slow[k])
         path.append(dict(fast))
+    return path
+
+
+def _primal_averages(params: Arrays, grads: list[Arrays], lr: float, mu_y: float, mu_x: float) -> list[Arrays]:
+    """Three sequences, of which y is where AdamW's gradients are: its steps depend on no parameter."""
+    points = [params, *oracles.adamw(params, grads, lr=lr)]
+    x, z, path = dict(params), dict(params), []
+    for before, after in itertools.pairwise(points):
+        for k in params:
+            if np.any(after[k] != before[k]):
+                z[k] = z[k] + after[k] - before[k]
+                x[k] = mu_x * x[k] + (1 - mu_x) * z[k]
+        path.append({k: mu_y * x[k] + (1 - mu_y) * z[k] for k in params})
     return path
 
 
@@ -299,6 +320,14 @@ COMBINATORS = [
         _looking_ahead,
     ),
     Row(
+        "gpa",
+        lambda lr, mu_y, mu_x: hbfunc.with_hyperparameters(
+            lambda lr, mu_y, mu_x: hbfunc.gpa(hbfunc.adamw(lr), mu_y, mu_x), lr=lr, mu_y=mu_y, mu_x=mu_x
+        ),
+        {"lr": 0.1, "mu_y": 0.6, "mu_x": 0.8},
+        _primal_averages,
+    ),
+    Row(
         "masked",
         lambda lr: _with_step(hbfunc.masked(hbfunc.heavyball_momentum(), matrices), lr=lr),
         {"lr": 0.1},
@@ -326,6 +355,7 @@ AROUND: dict[str, dict[str, Any]] = {
         "update_clipping": "l2_clip_",
     },
     **DECAYS,
+    **ENDS,
 }
 
 

@@ -271,6 +271,12 @@ def check_options(ranks):
         "all leaves at once": (global_norm, {}),
         "norm": (CLASSES["ForeachAdamW"], {"max_grad_norm": 0.5, "decay_mask": hbfunc.no_decay_for_vectors}),
         "norm of owners": (CLASSES["ForeachMuon"], {"max_grad_norm": 0.5, "mars": True}),
+        "hyperball": (CLASSES["ForeachAdamW"], {"hyperball": True, "weight_decay": 0.1}),
+        "hyperball of owners": (CLASSES["ForeachMuon"], {"hyperball": True}),
+        "average": (CLASSES["ForeachAdamW"], {"after": evaluated, "schedule_free": True, "weight_decay": 0.1}),
+        "average of owners": (CLASSES["ForeachMuon"], {"after": evaluated, "schedule_free": True}),
+        "sfsgd": (CLASSES["SFSGD"], {"after": evaluated}),
+        "gpa": (primal_averages, {"after": evaluated}),
         "matrices to": (matrices, {}),
     }
     return {name: ranks.compare(build, mesh, cls, **options) for name, (cls, options) in cases.items()}
@@ -279,6 +285,10 @@ def check_options(ranks):
 def matrices(params, lr, seed):
     named = [(f"{i}.weight", p) for i, p in enumerate(params)]
     return hbfunc.MatricesTo(named, hbfunc.muon(lr=lr), rest=hbfunc.adamw(lr=lr))
+
+
+def primal_averages(params, lr, seed):
+    return hbfunc.FromTransform(list(params), hbfunc.gpa(hbfunc.adamw(lr=lr)))
 
 
 def global_norm(params, lr, seed):
@@ -438,6 +448,8 @@ RECIPES = {
     "finite leaves": lambda: hbfunc.apply_to_finite_leaves(hbfunc.muon(lr=0.01)),
     "finite stacks": lambda: hbfunc.apply_to_finite_leaves(hbfunc.soap(lr=0.01)),
     "ema": lambda: hbfunc.with_ema(hbfunc.adamw(lr=0.01)),
+    "hyperball": lambda: hbfunc.adamw(lr=0.01, hyperball=True),
+    "gpa": lambda: hbfunc.gpa(hbfunc.adamw(lr=0.01)),
 }
 
 
@@ -487,7 +499,7 @@ def check_functional(ranks):
     result = {}
     plain = {k: p.detach() for k, p in made().named_parameters()}
     for name, recipe in RECIPES.items():
-        if not ranks.thorough and name not in (*SOME, "clipped"):
+        if not ranks.thorough and name not in (*SOME, "clipped", "hyperball"):
             continue
         poison = 3 if "finite" in name else None
         places = {"at 4": ranks.meshes[WORLD]}

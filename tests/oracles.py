@@ -138,6 +138,9 @@ def run(
     lr_peak: float | None = None,
     decay_mask: Callable[[str, Any], bool] | None = None,
     cautious_weight_decay: bool = False,
+    hyperball: bool = False,
+    schedule_free: bool = False,
+    schedule_free_beta: float = 0.9,
     project: Callable[[Array], Array] = identity,
     states: dict[str, State] | None = None,
     move: Callable[[Array, Array, float, Any, State], Array] | None = None,
@@ -151,6 +154,8 @@ def run(
     p = {k: np.array(x, np.float64) for k, x in params.items()}
     states = {} if states is None else states
     states.update({k: {"t": 0, "path": k} for k in p})
+    move = averaging(schedule_free_beta) if schedule_free else move
+    radius = {k: float(np.sqrt(np.sum(x * x))) if hyperball and x.ndim > 1 else 0.0 for k, x in p.items()}
 
     def differences(grad: Mapping[str, Array | None]) -> Params:
         """The gradients after MARS and the clip of their norm."""
@@ -179,11 +184,20 @@ def run(
         rate = (lr(s["t"]) if callable(lr) else lr) * (min(1.0, s["t"] / warmup_steps) if warmup_steps > 0 else 1.0)
         s["p"] = p  # for rules that look at it
         direction = rule(clip(u, gradient_clipping), s)
+        if direction is None and schedule_free:  # the step has its weight in the average
+            return move(p, np.zeros_like(p), rate, 0.0, s)
         if direction is None:
             return p
         u = clip(direction, update_clipping)
         if caution:
             u = cautious(u, g, caution_scaling)
+        if radius[s["path"]]:
+            if not u.any():
+                return p
+            new = p - rate * radius[s["path"]] * u / np.linalg.norm(u)
+            return new * (radius[s["path"]] / np.linalg.norm(new))
+        if hyperball and p.ndim > 1:
+            return p - rate * u
         if move is not None:
             return move(p, u, rate, shrinkage(p, u, rate, s), s)
         return p * (1 - rate * shrinkage(p, u, rate, s)) - rate * u
@@ -196,6 +210,24 @@ def run(
                 p[k] = project(np.asarray(step(p[k], np.asarray(grad[k], np.float64), after[k], s)))
         trajectory.append({k: np.array(view(x, states[k])) for k, x in p.items()})
     return trajectory
+
+
+def averaging(
+    beta: float, weight_lr_power: float = 2.0, r: float = 0.0, largest_rate: bool = False
+) -> Callable[[Array, Array, float, Any, State], Array]:
+    """The step of Schedule-Free learning (Defazio et al. 2024), in the place of the last arrow of `run`."""
+
+    def move(y: Array, u: Array, rate: float, weight_decay: Any, s: State) -> Array:
+        z = s.get("z", y)
+        u = u + weight_decay * y
+        s["lr_max"] = max(abs(rate), s.get("lr_max", 0.0)) if largest_rate else abs(rate)
+        w = s["lr_max"] ** weight_lr_power * max(s["t"], 1) ** r
+        s["weight_sum"] = s.get("weight_sum", 0.0) + w
+        c = w / s["weight_sum"] if s["weight_sum"] > 0 else 0.0
+        s["z"] = z - rate * u
+        return y + c * (z - y) + u * rate * (beta * (1 - c) - 1)
+
+    return move
 
 
 # -- section 2: first-order rules -----------------------------------------------------------------------------------
@@ -331,20 +363,11 @@ def sfadamw(
     def rule(u: Array, s: State) -> Array:
         return u / D(ema(s, "v", u * u, second(betas[1], s["t"], palm, beta2_scale)), eps, add_eps)
 
-    def move(y: Array, u: Array, rate: float, weight_decay: Any, s: State) -> Array:
-        z = s.get("z", y)
-        u = u + weight_decay * y
-        s["lr_max"] = max(abs(rate), s.get("lr_max", 0.0)) if largest_rate else abs(rate)
-        w = s["lr_max"] ** weight_lr_power * max(s["t"], 1) ** r
-        s["weight_sum"] = s.get("weight_sum", 0.0) + w
-        c = w / s["weight_sum"] if s["weight_sum"] > 0 else 0.0
-        s["z"] = z - rate * u
-        return y + c * (z - y) + u * rate * (betas[0] * (1 - c) - 1)
-
     def view(y: Array, s: State) -> Array:
         z = s.get("z", y)
         return {"y": lambda: y, "z": lambda: z, "x": lambda: y + (1 - 1 / betas[0]) * (z - y)}[report]()
 
+    move = averaging(betas[0], weight_lr_power, r, largest_rate)
     return run(params, grads, rule, lr, betas[0], move=move, view=view, **options)
 
 

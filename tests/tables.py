@@ -59,6 +59,7 @@ WRAPPERS: dict[str, Callable[[Transform], Transform]] = {
     "chain": lambda tx: hbfunc.chain(hbfunc.identity(), tx, name="outer"),
     "clip_by": lambda tx: hbfunc.chain(hbfunc.clip_by(hbfunc.l2_clip()), tx),
     "freeze": lambda tx: hbfunc.freeze(tx, lambda path, p: False),
+    "gpa": hbfunc.gpa,
     "lookahead": hbfunc.lookahead,
     "mars": hbfunc.mars,
     "masked": lambda tx: hbfunc.masked(tx, lambda path, p: True),

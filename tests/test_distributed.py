@@ -103,7 +103,7 @@ def test_replicated_and_cut_along_any_dim(found):
 def test_options_that_need_whole_leaves_or_draws(found):
     """Norms, keyed rounding of states and parameters, blocks, averages, a unit per leaf, rules that mix leaves."""
     checked = {k: v for k, v in result(found, "check_options").items() if not k.startswith("norm")}
-    assert len(checked) == 11
+    assert len(checked) == 17
     assert_same(checked, checked)
 
 
@@ -173,7 +173,7 @@ def test_functional_updates_of_dtensors_are_those_of_one_process(found, name):
 def test_norms_of_dtensors_are_summed_in_another_order(found):
     """A norm over shards: the one difference, of rounding."""
     checked = result(found, "check_functional")
-    assert all(0 < error < 1e-6 for error in checked["clipped at 4"])
+    assert all(0 < error < 1e-6 for name in ("clipped at 4", "hyperball at 4") for error in checked[name])
 
 
 def test_functional_state_goes_through_checkpoints(found):
@@ -202,7 +202,9 @@ def test_everything_again_with_every_class(tmp_path):
     assert_same(checked, [f"{k} {at}" for k in CLASSES for at in ("at 1", "at 2", "at 3", "at 4", "of one process")])
     assert_same(result(found, "check_compiled"), ["ForeachAdamW", "ForeachMuon", "ForeachSOAP", "ForeachPSGDKron"])
     errors = result(found, "check_functional")
-    assert {k for k, e in errors.items() if e != (0.0, 0.0)} == {"clipped at 2", "clipped at 4"}
+    assert {k for k, e in errors.items() if e != (0.0, 0.0)} == {
+        f"{name} at {n}" for name in ("clipped", "hyperball") for n in (2, 4)
+    }
     assert len(errors) == 2 * len(RECIPES) + 1
 
 

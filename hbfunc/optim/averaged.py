@@ -1,4 +1,4 @@
-"""`train()` and `eval()` of the Schedule-Free classes, which move the parameters between y and the average x."""
+"""`train()` and `eval()` of what averages, which move the parameters between y and the average x."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hbfunc.leaves import as_real
 from hbfunc.optim.shim import StatefulOptimizer
 from hbfunc.transforms import schedule_free
 
-_NAMES = ("z", "weight_sum", "beta1")  # entries of the state of `schedule_free`
+_NAMES = ("z", "beta1")  # entries of the state of `schedule_free` and `gpa`
 
 
 class Averaging(StatefulOptimizer):
     """Adds `train()` and `eval()`: the parameters of groups with a "train_mode" hold y, where gradients are taken, in
-    training and the average x after `eval()`. Other groups, and parameters without Schedule-Free state, stay."""
+    training and the average x after `eval()`. Other groups, and parameters without an average, stay."""
 
     def train(self, mode: bool = True) -> None:
         """Put the parameters at y, where gradients are taken, unless they are there. train(False) is eval()."""
@@ -61,7 +61,7 @@ def _average(entries: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     for name, z in entries.items():
         if isinstance(name, str) and name.rpartition(".")[2] == "z":
             prefix = name[:-1]
-            weight_sum, beta1 = (entries.get(f"{prefix}{k}", entries.get(k)) for k in _NAMES[1:])
-            if weight_sum is not None and beta1 is not None:
+            beta1 = entries.get(f"{prefix}beta1", entries.get("beta1"))
+            if beta1 is not None:
                 return z, beta1
     return None

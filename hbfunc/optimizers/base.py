@@ -15,6 +15,7 @@ from torch import Tensor
 from hbfunc import utils
 from hbfunc.chainable.optimizers import BaseOpt
 from hbfunc.contract import Transform
+from hbfunc.optim.averaged import Averaging
 from hbfunc.optim.groups import use_default
 from hbfunc.optim.scheduled import with_schedules
 from hbfunc.optim.shim import StatefulOptimizer
@@ -37,7 +38,7 @@ _OWN = (  # of every class, by keyword
 OPTIMIZERS: dict[str, type[RecipeOptimizer]] = {}  # the first class of each title, in the order of their definitions
 
 
-class RecipeOptimizer(BaseOpt):
+class RecipeOptimizer(Averaging, BaseOpt):
     """Base of the classes that step with a recipe, one transform per param group.
 
     Class arguments: `recipe`, the function; `foreach_before`, the option that `foreach` comes before in the signature,
@@ -136,6 +137,11 @@ class RecipeOptimizer(BaseOpt):
             if name not in known and value and any(name in cls.options_of_recipe for cls in OPTIMIZERS.values()):
                 raise TypeError(f"{name}={value!r} in a param group: {type(self).__name__} has no such option")
         super().add_param_group(param_group)
+
+    def _checked(self, group: dict[str, Any], names: list[str]) -> None:
+        if group.get("schedule_free") is True:
+            group.setdefault("train_mode", True)
+        super()._checked(group, names)
 
     def hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         """The value of a hyperparameter of the state in a param group; None if it is not an option of the recipe."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from hbfunc.contract import Transform, remembered, transform
 from hbfunc.leaves import Leaves, State, compute_dtype, in_dtype_of, kept, zeros
 from hbfunc.optimizers.base import RecipeOptimizer
-from hbfunc.pipeline import Betas, around, check_flags, recipe
+from hbfunc.pipeline import ENDS, Betas, around, check_flags, recipe
 from hbfunc.ranges import check_number
 from hbfunc.schedules import Decay, Number, at, increment, per_leaf
 from hbfunc.transforms.adaptive import check_adam, denominator, ema, two_moments
@@ -106,7 +106,7 @@ def step_by_prodigy(
     return transform(init, update, "step_by_prodigy", needs, steps=True)
 
 
-@recipe
+@recipe(without=ENDS)
 def prodigy(
     lr: Number = 1.0,
     betas: Betas = (0.9, 0.999),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbfunc.contract import Transform, by_device, remembered, transform
+from hbfunc.contract import Transform, by_device, chain, remembered, transform
 from hbfunc.leaves import Leaves, State, Tree, compute_dtype, flat_params, in_dtype_of, kept, scalar
 from hbfunc.ranges import check_number
 from hbfunc.schedules import Number, at, count_zeros, increment, per_leaf
@@ -117,10 +117,47 @@ def schedule_free(
     return transform(init, by_device(update), "schedule_free", ("rate", "steps"), elementwise=True, steps=True)
 
 
-def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:
-    """The averaged parameters x = lerp(y, z, 1 - 1/beta1), which Schedule-Free learning evaluates.
+@remembered
+def gpa(inner: Transform, mu_y: float | Tensor = 0.7, mu_x: float | Tensor = 0.9967) -> Transform:
+    """Generalized primal averaging (arXiv 2512.17131) around `inner`, whose steps move z; x is an average of z:
 
-    state: any that has the state of `schedule_free` in it, also in parts of a `partition` or inside wrappers.
+        z <- z + step;  x <- mu_x * x + (1 - mu_x) * z;  y = mu_y * x + (1 - mu_y) * z, from x = z = p
+
+    The parameters hold y, where gradients are taken, and `schedule_free_eval_params` gives x, the model to evaluate. It
+    is Schedule-Free learning whose c is constant, 1 - mu_x.
+
+    inner: makes steps, as recipes do. mu_y: in (0, 1). mu_x: in [0, 1). When mu_y changes, y moves with it.
+    Raises ValueError for a number outside its range, and, at `update`, for an `inner` whose updates are no steps.
+    """
+    check_number("mu_y", mu_y, 0, 1, open_low=True, open_high=True)
+    check_number("mu_x", mu_x, 0, 1, open_high=True)
+
+    def init(params: Leaves) -> State:
+        return {
+            "beta1": {k: _scalar(mu_y, p).clone() for k, p in params.items()},
+            "z": {k: p.to(compute_dtype(p), copy=True) for k, p in params.items()},
+        }
+
+    def update(
+        state: State, updates: dict[str, Tensor], params: Leaves, *, steps: Collection[str] = ()
+    ) -> tuple[dict[str, Tensor], State]:
+        new, z, own = {}, {}, {}
+        for k, step in updates.items():
+            if k not in steps:
+                raise ValueError(f"gpa: the update of params[{k!r}] is no step, expected a learning rate inside")
+            own[k], kept_x = (_scalar(mu, step).clone() for mu in (mu_y, mu_x))
+            pull = (1 - kept_x) + kept_x * (1 - own[k] / state["beta1"][k])
+            new[k] = pull * (state["z"][k] - params[k].to(step.dtype)) + step * (1 - own[k] * kept_x)
+            z[k] = state["z"][k] + step
+        return new, kept(state, beta1=own, z=z)
+
+    return chain(inner, transform(init, update, "gpa", ("steps",), elementwise=True, steps=True), name=inner.name)
+
+
+def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:
+    """The averaged parameters x = lerp(y, z, 1 - 1/beta1), which Schedule-Free learning and `gpa` evaluate.
+
+    state: any that has the state of `schedule_free` or `gpa` in it, also in parts of a `partition` or inside wrappers.
     Parameters that are not averaged stay as they are. beta1: for old states only, that do not know their own.
     Raises ValueError if the state holds no Schedule-Free average, or no beta1 is known.
     """
@@ -154,7 +191,7 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
 def _moved(state: State, params: Tree, beta1: Any, move: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tree:
     averages = dict(_leaves(state, None))
     if not averages:
-        raise ValueError("state holds no Schedule-Free average: expected one of sfadamw or schedule_free in it")
+        raise ValueError("state holds no Schedule-Free average: expected one of sfadamw, schedule_free or gpa in it")
     flat, back = flat_params(params, elementwise=True)
     moved = dict(flat)
     for k, (z, known) in averages.items():
@@ -180,10 +217,10 @@ def _leaves(state: State, beta1: Any) -> Iterator[tuple[str, tuple[Tensor, Any]]
 
 
 def holds_schedule_free(state: State) -> bool:
-    """Whether a state has the state of `schedule_free` in it, or is it."""
+    """Whether a state has the state of `schedule_free` or `gpa` in it, or is it."""
     return any(is_schedule_free(part) for _, part in parts(state))
 
 
 def is_schedule_free(state: State) -> bool:
-    """Whether a state is that of `schedule_free`."""
-    return isinstance(state.get("z"), dict) and isinstance(state.get("weight_sum"), dict)
+    """Whether a state is that of `schedule_free` or `gpa`."""
+    return isinstance(state.get("z"), dict) and any(isinstance(state.get(k), dict) for k in ("weight_sum", "beta1"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from conformance import AROUND, BFLOAT16, MANY, SHARED, STOCHASTIC, rows
+from conformance import AROUND, BFLOAT16, ENDS, MANY, SHARED, STOCHASTIC, rows
 from oracles import Array, D, Grads, Params, State, ema, palm_beta2, run
 
 import hbfunc
@@ -76,7 +76,7 @@ ROWS = rows(
     hbfunc.prodigy,
     {
         "": {},
-        **{k: {**o, "d0": 0.01} for k, o in AROUND.items()},
+        **{k: {**o, "d0": 0.01} for k, o in AROUND.items() if k not in ENDS},
         "norm": {**AROUND["norm"], "decay": "adamc", "d0": 0.01},  # "independent" is refused
         "palm": {"palm": True, "d0": 0.01},
         "numbers": {"lr": 0.7, "betas": (0.5, 0.8), "eps": 0.4, "d0": 0.02, "d_coef": 1.5},
