@@ -275,8 +275,7 @@ def check_options(ranks):
         "hyperball of owners": (CLASSES["ForeachMuon"], {"hyperball": True}),
         "average": (CLASSES["ForeachAdamW"], {"after": evaluated, "schedule_free": True, "weight_decay": 0.1}),
         "average of owners": (CLASSES["ForeachMuon"], {"after": evaluated, "schedule_free": True}),
-        "sfsgd": (CLASSES["SFSGD"], {"after": evaluated}),
-        "gpa": (primal_averages, {"after": evaluated}),
+        "average of gpa": (primal_averages, {"after": evaluated}),
         "matrices to": (matrices, {}),
     }
     return {name: ranks.compare(build, mesh, cls, **options) for name, (cls, options) in cases.items()}

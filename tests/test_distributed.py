@@ -103,7 +103,7 @@ def test_replicated_and_cut_along_any_dim(found):
 def test_options_that_need_whole_leaves_or_draws(found):
     """Norms, keyed rounding of states and parameters, blocks, averages, a unit per leaf, rules that mix leaves."""
     checked = {k: v for k, v in result(found, "check_options").items() if not k.startswith("norm")}
-    assert len(checked) == 17
+    assert len(checked) == 16
     assert_same(checked, checked)
 
 

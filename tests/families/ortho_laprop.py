@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from conformance import BFLOAT16, MANY, MATRICES, OPTIONS, SHARED, STOCHASTIC, rows
+from conformance import BFLOAT16, ENDS, MANY, MATRICES, OPTIONS, SHARED, STOCHASTIC, rows
 from oracles import Array, Grads, Params, State, b, run, scale_by_laprop, second
 
 import hbfunc
@@ -43,6 +43,7 @@ def oracle(
 ROWS = rows(
     hbfunc.ortho_laprop,
     {
+        **ENDS,
         **{k: OPTIONS[k] for k in ("mars", "caution", "caution-unscaled", "norm-clipping", "decays", "norm")},
         "": {"kwargs": {}, "params": {**MATRICES, "one": (1,), "scale": ()}},
         "numbers": {"lr": 0.03, "betas": (0.5, 0.8), "eps": 0.4},
