@@ -84,7 +84,10 @@ def schedule_free(
         single = torch.cat([torch.full((len(list(run)),), x, device=device) for x, run in runs])
 
         def of_leaves(part: str) -> Tensor:
-            return torch.stack([state[part][k].to(torch.float64) for k in updates])
+            found = [state[part][k] for k in updates]
+            if len({x.dtype for x in found}) > 1:
+                found = [x.to(torch.float64) for x in found]
+            return torch.stack(found).to(torch.float64)  # all in one conversion
 
         def scalars(t: Tensor) -> list[Any]:
             """Returns the learning rate, c, how far y is pulled to z, beta1, W in two parts, and the largest rate."""
