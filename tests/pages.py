@@ -212,9 +212,10 @@ def picture(cls: type[RecipeOptimizer]) -> bytes:
 
 @cache
 def listed(recipe: str) -> tuple[str, list[str]]:
-    """What the table of optimizers.md says of a recipe, and its links to papers."""
+    """What the table of optimizers.md, or before its release the docstring, says of a recipe; its links to papers."""
     text = (ROOT / "hbfunc/docs/optimizers.md").read_text(encoding="utf-8")
-    (row,) = re.findall(rf"^\| `{recipe}` \|[^|]*\| (.*) \|$", text, re.MULTILINE)
+    rows = re.findall(rf"^\| `{recipe}` \|[^|]*\| (.*) \|$", text, re.MULTILINE)
+    row = rows[0] if rows else prose((RECIPES[recipe].__doc__ or "").partition("\n\n")[0].removesuffix("."))
     links = [link for link in re.findall(r"\[[^\]]+\]\([^)]+\)", row) if "://" in link]
     return re.sub(r"\]\(#", "](../optimizers.md#", row), links
 
