@@ -29,15 +29,14 @@ class ScheduleFree(Callback):
     `train()`. A checkpoint within an epoch (`every_n_train_steps`) holds y, and its optimizer says so: after loading
     both, `optimizer.eval()` leads to x.
 
-    Optimizers without `eval()` and `train()` are left alone. Raises TypeError at the start of the training if none has
-    them.
+    Optimizers that keep no average are left alone. Raises TypeError at the start of the training if none keeps one.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Raise TypeError if there is nothing to do."""
         if trainer.optimizers and not _averaging(trainer):
             kinds = ", ".join(type(o).__name__ for o in trainer.optimizers)
-            raise TypeError(f"ScheduleFree: no optimizer with eval() and train(), got {kinds}: leave the callback out")
+            raise TypeError(f"ScheduleFree: no optimizer that keeps an average, got {kinds}: leave the callback out")
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Put the parameters at y, where gradients are taken."""
@@ -53,5 +52,5 @@ class ScheduleFree(Callback):
 
 
 def _averaging(trainer: Any) -> list[Any]:
-    """The optimizers of a trainer that have two points."""
-    return [o for o in trainer.optimizers if callable(getattr(o, "eval", None)) and callable(getattr(o, "train", None))]
+    """The optimizers of a trainer that have two points: their groups have a "train_mode", as the authors' own do."""
+    return [o for o in trainer.optimizers if any("train_mode" in group for group in o.param_groups)]

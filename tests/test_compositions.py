@@ -627,6 +627,7 @@ ALL_WRAPPERS: dict[str, Callable[[Transform], Transform]] = {
     **NEUTRAL_WITH_ALL_GRADIENTS,
     "freeze": tables.WRAPPERS["freeze"],
     "lookahead": hbfunc.lookahead,
+    "gpa": hbfunc.gpa,
     "matrices_to": lambda tx: hbfunc.matrices_to(tx, tx, exclude=()),
     "with_presence": hbfunc.with_presence,
     "cautious": lambda tx: hbfunc.cautious(tx, scale=False),

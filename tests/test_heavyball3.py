@@ -139,7 +139,7 @@ def test_split_opt_is_several_classes_in_one():
     assert again.param_groups[0]["consume_grad"] is False
     for specs, kind, message in (
         ([], ValueError, "at least one with parameters"),
-        ([{"params": params, "optimizer": torch.optim.AdamW}], TypeError, "expected a class of hbfunc's"),
+        ([{"params": params, "optimizer": torch.optim.AdamW}], TypeError, "expected a class of hbfunc with a recipe"),
         ([{"params": params, "optimizer": hbfunc.AdamW, "nesterov": True}], TypeError, "unknown option 'nesterov'"),
         ([{"params": params, "optimizer": hbfunc.AdamW, "promote": True}], TypeError, "promote in a spec"),
     ):

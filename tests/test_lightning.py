@@ -143,7 +143,7 @@ def test_testing_and_prediction(lightning: Any) -> None:  # noqa: F811
 
 
 def test_an_optimizer_without_two_points(lightning: Any) -> None:  # noqa: F811
-    with pytest.raises(TypeError, match=r"no optimizer with eval\(\) and train\(\), got ForeachAdamW"):
+    with pytest.raises(TypeError, match=r"no optimizer that keeps an average, got ForeachAdamW"):
         fit(lightning, lit(lightning, "AdamW"), 2, callbacks=[program("hbfunc.lightning").ScheduleFree()])
 
 

@@ -35,8 +35,10 @@ NEARLY_ONE = 1 - 2e-8
 def options(factory: Callable[..., Any], value: Any) -> list[dict[str, Any]]:
     """The ways to give a factory a decay."""
     known = inspect.signature(factory).parameters
-    of_inner = {"slow_beta": {"inner": "ademamix"}} if "inner" in known else {}
-    found = [{name: value, **of_inner.get(name, {})} for name in OPEN if name in known]
+    beside: dict[str, dict[str, Any]] = {"schedule_free_beta": {"schedule_free": True}}
+    if "inner" in known:
+        beside["slow_beta"] = {"inner": "ademamix"}
+    found = [{name: value, **beside.get(name, {})} for name in OPEN if name in known]
     n = decays(factory)
     return found + [{"betas": (*[0.9] * i, value, *[0.9] * (n - i - 1))} for i in range(n)]
 

@@ -146,6 +146,8 @@ NEEDS = {  # what raises without these values of another option
     "alpha": ("inner", {"ademamix"}),
     "slow_beta": ("inner", {"ademamix"}),
     "lr_peak": ("decay", {"adamc", "independent"}),
+    "schedule_free_beta": ("schedule_free", {True}),
+    "hyperball": ("schedule_free", {False}),
 }
 
 
@@ -170,17 +172,17 @@ def values_of(name: str, option: str) -> st.SearchStrategy[Any]:
 
 def options_of(name: str, functional: bool = False) -> st.SearchStrategy[dict[str, Any]]:
     """Some options of a class, or of its recipe, the others at their defaults."""
-    recipe, _ = TWINS[name]
+    recipe, flags = TWINS[name]
     known = sorted(documented(name) - IDLE.get(recipe.__name__, set()))
     found = {k: values_of(name, k) for k in known}
     if functional:
         found |= {k: EXTRAS[k] for k in inspect.signature(recipe).parameters if k in EXTRAS}
-    return st.fixed_dictionaries({}, optional=found).map(lambda drawn: allowed(recipe, drawn))
+    return st.fixed_dictionaries({}, optional=found).map(lambda drawn: allowed(recipe, flags, drawn))
 
 
-def allowed(recipe: Any, drawn: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that go together."""
-    values = {k: p.default for k, p in inspect.signature(recipe).parameters.items()} | drawn
+def allowed(recipe: Any, flags: Mapping[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that go together, and with the flags of a class."""
+    values = {k: p.default for k, p in inspect.signature(recipe).parameters.items()} | flags | drawn
     alone = {k for k, (of, needed) in NEEDS.items() if of in values and values[of] not in needed}
     if values.get("use_precond_schedule"):
         alone.add("refresh_phase")
@@ -674,7 +676,7 @@ class Career(RuleBasedStateMachine):
             hyper = self.twins[k].state["hyper"]
             hyper["lr"] = torch.full_like(hyper["lr"], lr)
 
-    @precondition(lambda self: hasattr(self.optimizer, "eval"))
+    @precondition(lambda self: any("train_mode" in group for group in self.optimizer.param_groups))
     @rule(train=flag)
     def train_or_eval(self, train: bool) -> None:
         self.optimizer.train() if train else self.optimizer.eval()

@@ -159,6 +159,7 @@ def test_every_wrapper_is_in_the_table() -> None:
 NAMES = {*CLASSES, *SHORT.values(), *RECIPES}
 MOST = 6  # names in a list that is a sample, one of a family each
 BY_HAND = {  # file: facts that stand nowhere else
+    "tests/pages.py": "other libraries that have a rule",
     "tests/test_documented_api.py": "the promised names, signatures and defaults",
     "tests/conformance.py": "options of each recipe, and whether they are its own: a test says which are missing",
     "tests/test_chainable.py": "which documented functions make up a class",
