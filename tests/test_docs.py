@@ -123,3 +123,8 @@ def test_where_to_start_says_what_the_classes_and_the_results_say():
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 120
     assert "licence has been chosen" in README
+
+
+def test_the_site_leads_to_every_page():
+    navigation = (ROOT / ".mkdocs.yml").read_text(encoding="utf-8")
+    assert [p.name for p in (ROOT / "hbfunc/docs").glob("*.md") if not re.search(rf"\s{p.name}\s", navigation)] == []

@@ -156,7 +156,8 @@ def test_what_a_browser_shows(address, browser, width, tmp_path):
 
 def test_the_search_finds(address, browser):
     page = browser.new_page(viewport={"width": 1400, "height": 900})
-    page.goto(f"{address}/index.html")
-    page.fill(".md-search__input", "orthogonalize")
-    page.wait_for_selector(".md-search-result__item a[href*='muon']", timeout=10_000)
+    page.goto(f"{address}/index.html", wait_until="networkidle")
+    page.click(".md-search__input")  # which loads the index
+    page.locator(".md-search__input").press_sequentially("orthogonalize")
+    page.wait_for_selector(".md-search-result__item a[href*='muon']", timeout=60_000)
     page.close()
