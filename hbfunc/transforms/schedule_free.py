@@ -154,7 +154,7 @@ def gpa(inner: Transform, mu_y: float | Tensor = 0.7, mu_x: float | Tensor = 0.9
             z[k] = state["z"][k] + step
         return new, kept(state, beta1=own, z=z)
 
-    return chain(inner, transform(init, update, "gpa", ("steps",), elementwise=True, steps=True), name=inner.name)
+    return chain(inner, transform(init, update, "gpa", ("steps",), elementwise=True), name=inner.name)
 
 
 def schedule_free_eval_params(state: State, params: Tree, beta1: float | Tensor | None = None) -> Tree:
