@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hbfunc.internals import interpreter
+from hbfunc.opaque import mapped
 
 Side = Callable[..., Sequence[Tensor]]
 
@@ -33,12 +33,6 @@ def branch(condition: Tensor, then: Side, otherwise: Side, operands: Sequence[Te
     if compiling:
         return tuple(torch.cond(condition, _owned(then), _owned(otherwise), tuple(operands)))
     return tuple(then(*operands) if condition else otherwise(*operands))
-
-
-@torch.compiler.assume_constant_result
-def mapped() -> bool:
-    """Whether a function transform (`torch.vmap`, `torch.func.grad`, ...) is at work, also while tracing."""
-    return interpreter() is not None
 
 
 def _owned(side: Side) -> Callable[..., tuple[Tensor, ...]]:

@@ -1,9 +1,20 @@
-"""An operation that compilers do not look into."""
+"""Operations that compilers do not look into, and whether function transforms do."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from hbfunc.internals import interpreter
+
+
+@torch.compiler.assume_constant_result
+def mapped() -> bool:
+    """Whether a function transform (`torch.vmap`, `torch.func.grad`, ...) is at work, also while tracing."""
+    return interpreter() is not None
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -19,3 +30,36 @@ torch.library.register_autograd("hbfunc::materialize", lambda ctx, grad: grad, l
 torch.library.register_vmap(
     "hbfunc::materialize", lambda info, in_dims, x: (torch.ops.hbfunc.materialize(x), in_dims[0]), lib=_OPS
 )
+
+
+def called(schema: str, like: Callable[..., Sequence[Tensor]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make of a function of lists of tensors and of options one that a compiled graph calls as it is, where no function
+    transform is at work and nothing is to be differentiated.
+
+    For work that a compiler could only call in turn (decompositions, matrix products), so that tracing it and making
+    code around it is time lost. schema: of the arguments, as `torch.library.define` has it. like: the function of the
+    same arguments that gives tensors of the form of those that the function returns, which are new and contiguous.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__.strip("_")
+        _OPS.define(f"{name}{schema} -> Tensor[]")
+        _OPS.impl(name, lambda *args: list(function(*args)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hbfunc::{name}", lambda *args: [_blank(x) for x in like(*args)], lib=_OPS)
+        operation = getattr(torch.ops.hbfunc, name)
+
+        def call(*args: Any) -> Any:
+            if not torch.compiler.is_compiling() or mapped():
+                return function(*args)
+            lists = [x for x in args if isinstance(x, list)]
+            if torch.is_grad_enabled() and any(x.requires_grad for xs in lists for x in xs if isinstance(x, Tensor)):
+                return function(*args)
+            return operation(*args)
+
+        return call
+
+    return decorate
+
+
+def _blank(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

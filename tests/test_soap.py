@@ -11,6 +11,7 @@ import oracles
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hbfunc
 from hbfunc.leaves import flat_params
@@ -447,12 +448,19 @@ def test_stop_gradient_keeps_derivatives_finite():
 # -- the graph ------------------------------------------------------------------------------------------------------
 
 
+def of_layers(layers):
+    return {f"{i}.{k}": torch.ones(s) for i in range(layers) for k, s in (("in", (9, 3)), ("out", (3, 3)), ("b", (3,)))}
+
+
+def kinds(names):
+    return {
+        kind: sum(kind in name for name in names) for kind in ("mm.", "linalg_qr", "linalg_eigh", "refreshed_bases")
+    }
+
+
 def matrix_kernels(layers, **known):
     """Matrix products and factorizations in the graph of an update, conditional branches included."""
-    graphs, tx = [], scale_by_soap()
-    params = {
-        f"{i}.{k}": torch.ones(s) for i in range(layers) for k, s in (("in", (9, 3)), ("out", (3, 3)), ("b", (3,)))
-    }
+    graphs, tx, params = [], scale_by_soap(), of_layers(layers)
 
     def keep(graph, inputs):
         graphs.append(graph)
@@ -460,16 +468,63 @@ def matrix_kernels(layers, **known):
 
     update = torch.compile(tx.update, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
     update(tx.init(params), params, params, **known)
-    names = [str(n.target) for m in graphs[0].modules() if hasattr(m, "graph") for n in m.graph.nodes]
-    return {kind: sum(kind in name for name in names) for kind in ("mm.", "linalg_qr", "linalg_eigh")}
+    return kinds([str(n.target) for m in graphs[0].modules() if hasattr(m, "graph") for n in m.graph.nodes])
+
+
+class Called(TorchDispatchMode):
+    """The names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_graph_grows_with_the_shapes_and_not_the_layers():
-    # Per step and shape: 2 to rotate, 2 to rotate back, 2 outer products. Per refresh: 2 times GG Q, 4 for the moment.
-    products = 2 * (2 + 2 + 2 + 2 + 4)
-    expected = {"mm.": products, "linalg_qr": 4, "linalg_eigh": 0}
+    # Per step and shape: 2 to rotate, 2 to rotate back, 2 outer products. A refresh is one call, which is not traced.
+    products = 2 * (2 + 2 + 2)
+    expected = {"mm.": products, "linalg_qr": 0, "linalg_eigh": 0, "refreshed_bases": 2}
     assert matrix_kernels(12, refresh=True) == matrix_kernels(2, refresh=True) == expected
+    assert matrix_kernels(12, refresh=False) == {**expected, "refreshed_bases": 0}
     assert matrix_kernels(2) == {**expected, "linalg_eigh": 4}
+
+
+def test_what_a_refresh_calls_grows_with_the_shapes_and_not_the_layers():
+    # As above, and per refresh and shape: 2 times GG Q, 4 for the moment.
+    expected = {"mm.": 2 * (2 + 2 + 2 + 2 + 4), "linalg_qr": 4, "linalg_eigh": 0, "refreshed_bases": 0}
+    for layers in (2, 12):
+        tx, params = scale_by_soap(), of_layers(layers)
+        with Called() as called:
+            tx.update(tx.init(params), params, params, refresh=True)
+        assert kinds(called.names) == expected
+
+
+def test_a_refresh_in_a_graph_is_the_refresh_outside():
+    """The call that a graph does not look into gives the bits of the eager refresh, has no part where the update is
+    differentiated or mapped, and the basis of QR without its R is that with it."""
+    _, grads = arrays({"w": (6, 4), "b": (3,)}, 2)
+    tx, p = scale_by_soap(), {"w": torch.zeros(6, 4, dtype=F64), "b": torch.zeros(3, dtype=F64)}
+    _, state = tx.update(tx.init(p), tensors(grads[0]), p, refresh="first")
+    close = torch.testing.assert_close
+    expected = tx.update(state, tensors(grads[1]), p, refresh=True)
+    compiled = torch.compile(partial(tx.update, refresh=True), backend="aot_eager", fullgraph=True)
+    close(compiled(state, tensors(grads[1]), p), expected, rtol=0, atol=0)
+    with Called():  # which sees the decomposition with R
+        close(tx.update(state, tensors(grads[1]), p, refresh=True), expected, rtol=0, atol=0)
+
+    def loss(scale):
+        g = {k: scale * torch.as_tensor(x, dtype=F64) for k, x in grads[1].items()}
+        return tx.update(state, g, p, refresh=True)[1]["exp_avg"]["6x4_float64"].sum()
+
+    scale = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    eager = torch.autograd.grad(loss(scale), scale)[0]
+    assert torch.equal(torch.autograd.grad(torch.compile(loss, backend="aot_eager")(scale), scale)[0], eager)
+    scales = torch.tensor([1.0, 2.0], dtype=F64)
+    mapped = torch.compile(torch.vmap(loss), backend="aot_eager", fullgraph=True)(scales)
+    close(mapped, torch.stack([loss(s) for s in scales]), rtol=1e-12, atol=1e-12)
 
 
 # -- mistakes of the original, and of HeavyBall's versions since ----------------------------------------------------

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbfunc.branch import mapped
 from hbfunc.chainable.parts import Flat, Function, Part, first_entries, outcome, parts_of, traceable
 from hbfunc.chainable.rules import Face, ScheduleFreeFace, UpdateBy, decayed
 from hbfunc.chainable.sides import select
 from hbfunc.combinators import with_hyperparameters
 from hbfunc.contract import RefreshSchedule, Transform, chain, remembered, transform, wrap
 from hbfunc.leaves import Leaves, State, compute_dtype, kept
+from hbfunc.opaque import mapped
 from hbfunc.schedules import at, count_zeros, increment, palm_beta2
 
 Ending = Callable[[Face], list[Transform]]

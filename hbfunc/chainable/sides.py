@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hbfunc.branch import mapped
 from hbfunc.forms import short
 from hbfunc.internals import detect_fake_mode
+from hbfunc.opaque import mapped
 
 T = TypeVar("T")
 MAX_QUESTIONS, MAX_PATHS = 16, 64

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from hbfunc.autocast import own_precision
 from hbfunc.devices import choose
+from hbfunc.internals import current_dispatch_mode
 from hbfunc.linalg import modes
 from hbfunc.linalg.modes import outer_product
+from hbfunc.opaque import mapped
 
 __all__ = [
     "eigenbasis",
@@ -57,7 +59,16 @@ def refresh(q: Tensor, gg: Tensor, qr: str = "auto") -> tuple[Tensor, Tensor]:
     moved = moved.gather(-1, places)
     if (choose("soap_qr", gg.device) if qr == "auto" else qr) == "cholesky":
         return _cholesky_q(moved, q.gather(-1, places)), order
-    return torch.linalg.qr(moved).Q.contiguous(), order
+    return _householder_q(moved).contiguous(), order
+
+
+def _householder_q(a: Tensor) -> Tensor:
+    """The Q factor of a; without R, whose copy and triangle are a fifth of the work, where torch can do that: the parts
+    have no derivatives, no rules for function transforms, and no form of tensors without values."""
+    looked_at = torch.compiler.is_compiling() or mapped() or current_dispatch_mode() is not None
+    if looked_at or type(a) is not Tensor or a.is_meta or (torch.is_grad_enabled() and a.requires_grad):
+        return torch.linalg.qr(a).Q
+    return torch.linalg.householder_product(*torch.geqrf(a))
 
 
 def _cholesky_q(a: Tensor, basis: Tensor) -> Tensor:

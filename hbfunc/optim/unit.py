@@ -113,7 +113,8 @@ class Unit(UnitState):
         rehearse: write nothing, but raise what the step would raise. Without compilation everything is computed, and
         kept for the step itself; a graph that has not run yet is compiled, and runs on copies.
         """
-        mode = usable(utils.compile_mode if compile_step else None)
+        # What is done once in a parameter's life is not worth a graph: SOAP's first eigenvectors.
+        mode = usable(utils.compile_mode if compile_step and refresh != "first" else None)
         try:
             self._step(refresh, products, mode, rehearse)
         except Exception as error:
