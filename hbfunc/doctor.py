@@ -61,7 +61,8 @@ def versions() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield name, importlib.metadata.version(name)
+            # Some wheels of torch are "2.14.1" to an installer, and say themselves that they are "2.14.1+cu130".
+            yield name, torch.__version__ if name == "torch" else importlib.metadata.version(name)
 
 
 def compiler() -> Iterator[tuple[str, str]]:
