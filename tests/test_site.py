@@ -23,7 +23,7 @@ pytest.importorskip("material", reason="the extra docs")
 import pages  # the hook
 
 ROOT = Path(__file__).parents[1]
-LOOKED_AT = ["index", "optimizers/soap", "migration", "results", "reference/sweep"]
+LOOKED_AT = ["index", "optimizers/soap", "migration", "side_by_side", "results", "reference/sweep"]
 
 
 @pytest.fixture(scope="module")
