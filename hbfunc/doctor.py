@@ -33,13 +33,18 @@ _SETTINGS = ("compile_mode", "dynamic", "zeroth_power_mode", "caution_scaling", 
 STEPS = 3  # of some rules the first one moves nothing
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    found = argparse.ArgumentParser(prog="python -m hbfunc.doctor", description=(__doc__ or "").splitlines()[0])
+    found.add_argument("--compile", action="store_true", help="step compiled too: minutes, where nothing is cached")
+    found.add_argument("--device", default="cpu", help="where the steps are made (default: %(default)s)")
+    found.add_argument("--classes", nargs="+", metavar="CLASS", choices=list(makers()), help="these only: AdamW, ...")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Returns how many classes failed, 1 at most: the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hbfunc.doctor", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--compile", action="store_true", help="step compiled too: minutes, where nothing is cached")
-    parser.add_argument("--device", default="cpu", help="where the steps are made (default: %(default)s)")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", choices=list(makers()), help="these only: AdamW, ...")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     for title, lines in (("Versions", versions), ("Compiler", compiler), ("Devices", devices), ("Settings", settings)):
         print(f"{title}\n" + "\n".join(f"  {name:<25} {value}" for name, value in lines()))
     modes = {"eager": None, **({"compiled": utils.compile_mode or "default"} if args.compile else {})}
