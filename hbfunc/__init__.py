@@ -83,6 +83,7 @@ from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.presence import with_presence
 from hbfunc.schedules import palm_beta2, warmup
 from hbfunc.transforms.adaptive import scale_by_adam, scale_by_adopt, scale_by_exp_avg_sq, scale_by_laprop
+from hbfunc.transforms.by_loss import polyak_step, reduce_on_plateau
 from hbfunc.transforms.clipping import (
     a_law_compress,
     clip_by,
@@ -212,11 +213,13 @@ __all__ = [
     "orthograd",
     "palm_beta2",
     "partition",
+    "polyak_step",
     "prodigy",
     "psgd_kron",
     "psgd_pro",
     "random",
     "recompute_batchnorm",
+    "reduce_on_plateau",
     "rmsnorm_clip",
     "rmsprop",
     "round_to_parameters",

@@ -55,6 +55,8 @@ from hbfunc.transforms.adaptive import scale_by_adam as scale_by_adam
 from hbfunc.transforms.adaptive import scale_by_adopt as scale_by_adopt
 from hbfunc.transforms.adaptive import scale_by_exp_avg_sq as scale_by_exp_avg_sq
 from hbfunc.transforms.adaptive import scale_by_laprop as scale_by_laprop
+from hbfunc.transforms.by_loss import polyak_step as polyak_step
+from hbfunc.transforms.by_loss import reduce_on_plateau as reduce_on_plateau
 from hbfunc.transforms.clipping import a_law_compress as a_law_compress
 from hbfunc.transforms.clipping import clip_by as clip_by
 from hbfunc.transforms.clipping import identity as identity

@@ -223,6 +223,42 @@ def _looking_ahead(params: Arrays, grads: list[Arrays], lr: float, steps: int, a
     return path
 
 
+LOSSES = (1.0, 1.5, 1.2, 0.4, 0.8, 0.6, 0.9, 0.7)  # in turn: of each three some are no improvement
+
+
+def _loss_at(t: int) -> dict[str, torch.Tensor]:
+    return {"value": torch.tensor(LOSSES[t % len(LOSSES)], dtype=torch.float64)}
+
+
+def _polyak_steps(params: Arrays, grads: list[Arrays], max_lr: float, f_min: float, eps: float) -> list[Arrays]:
+    """The rate by its definition, from the loss and the norm of all gradients that there are."""
+    path, now = [], dict(params)
+    for t, given in enumerate(grads, 1):
+        here = {k: g for k, g in given.items() if g is not None}
+        size = sum(float((g**2).sum()) for g in here.values()) + eps
+        lr = min(max(LOSSES[t % len(LOSSES)] - f_min, 0) / size, max_lr)
+        now = {k: p - lr * here[k] if k in here else p for k, p in now.items()}
+        path.append(now)
+    return path
+
+
+def _reduced(params: Arrays, grads: list[Arrays], lr: float, factor: float) -> list[Arrays]:
+    """AdamW's steps, which without decay depend on no parameter, times a scale that falls with patience 1."""
+    points = [params, *oracles.adamw(params, grads, lr=lr)]
+    now, path = dict(params), []
+    best, bad, scale = (dict.fromkeys(params, x) for x in (np.inf, 0, 1.0))
+    for t, given in enumerate(grads, 1):
+        loss = LOSSES[t % len(LOSSES)]
+        for k in (k for k in params if given[k] is not None):
+            better = loss < best[k] * (1 - 1e-4)
+            best[k], bad[k] = (loss, 0) if better else (best[k], bad[k] + 1)
+            if bad[k] > 1:
+                scale[k], bad[k] = scale[k] * factor, 0
+            now[k] = now[k] + scale[k] * (points[t][k] - points[t - 1][k])
+        path.append(dict(now))
+    return path
+
+
 def _primal_averages(params: Arrays, grads: list[Arrays], lr: float, mu_y: float, mu_x: float) -> list[Arrays]:
     """Three sequences, of which y is where AdamW's gradients are: its steps depend on no parameter."""
     points = [params, *oracles.adamw(params, grads, lr=lr)]
@@ -326,6 +362,22 @@ COMBINATORS = [
         ),
         {"lr": 0.1, "mu_y": 0.6, "mu_x": 0.8},
         _primal_averages,
+    ),
+    Row(
+        "polyak_step",
+        lambda **kw: hbfunc.with_hyperparameters(hbfunc.polyak_step, **kw),
+        {"max_lr": 0.2, "f_min": -0.3, "eps": 0.1},
+        _polyak_steps,
+        extras=_loss_at,
+    ),
+    Row(
+        "reduce_on_plateau",
+        lambda lr, factor: hbfunc.with_hyperparameters(
+            lambda lr, factor: hbfunc.chain(hbfunc.adamw(lr), hbfunc.reduce_on_plateau(factor, 1)), lr=lr, factor=factor
+        ),
+        {"lr": 0.1, "factor": 0.4},
+        _reduced,
+        extras=_loss_at,
     ),
     Row(
         "masked",

@@ -59,7 +59,8 @@ def functional(transform: hbfunc.Transform, params: Any, grads: Any, extras: Any
     for t, (all_of_them, present) in enumerate(zip(grads, (names, names, names[:1], []), strict=True), 1):
         given = {k: g if k in present else None for k, g in all_of_them.items()}
         mine = there(given)
-        updates, state = record(lambda: transform.update(state, mine, ours, **extras(t)), steps)
+        more = there(extras(t))
+        updates, state = record(lambda: transform.update(state, mine, ours, **more), steps)
         want, expected = transform.update(expected, given, params, **extras(t))
         both = {"updates": updates, "state": state}
         wrong += [f"step {t}: {k} is on the CPU" for k in elsewhere(both)]

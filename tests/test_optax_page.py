@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from tables import RECIPES
 from torch import Tensor
 
 import hbfunc
 from hbfunc import schedules
-from hbfunc.pipeline import RECIPES
 
 PAGE = (Path(hbfunc.__file__).parent / "docs/optax.md").read_text(encoding="utf-8")
 OPTAX = json.loads((Path(__file__).parent / "data/optax_0.2.8.json").read_text(encoding="utf-8"))  # see record_optax.py
@@ -94,7 +94,8 @@ def test_what_the_page_says_to_be_here_is_here() -> None:
             number = {} if "warmup(" in expression else {"warmup": 5}  # a function of ours, or a number of steps
             value = eval(expression, known | number)
             if isinstance(value, hbfunc.Transform):
-                needs = {"refresh": True} if "refresh" in value.needs else {}
+                offered = {"refresh": True, "value": torch.ones(())}
+                needs = {need: x for need, x in offered.items() if need in value.needs}
                 updates, _ = value.update(value.init(known["params"]), known["grads"], known["params"], **needs)
                 assert all(u is None or u.isfinite().all() for u in updates.values()), expression
             elif isinstance(value, schedules.ParametricSchedule):

@@ -73,10 +73,11 @@ def adapt(
                 params, state = checkpoint(partial(run, first + start, inside[1:]), params, state, part, *learned)
             return params, state
         for t, batch in enumerate(batches, first + 1):
-            grads = torch.func.grad(loss_fn)(params, batch)
+            grads, loss = torch.func.grad_and_value(loss_fn)(params, batch)
             if first_order:
-                grads = pytree.tree_map(torch.Tensor.detach, grads)
-            extras = {"refresh": due(t)} if due is not None and "refresh" in tx.needs else {}
+                grads, loss = pytree.tree_map(torch.Tensor.detach, (grads, loss))
+            extras: dict[str, Any] = {"refresh": due(t)} if due is not None and "refresh" in tx.needs else {}
+            extras |= {"value": loss} if "value" in tx.needs else {}
             updates, state = tx.update(state, grads, params, **extras)
             for factors in learned:
                 updates = pytree.tree_map(torch.mul, updates, factors)

@@ -17,7 +17,7 @@ from hbfunc.devices import choose
 from hbfunc.internals import current_dispatch_mode
 from hbfunc.linalg import modes
 from hbfunc.linalg.modes import outer_product
-from hbfunc.opaque import mapped
+from hbfunc.opaque import called, mapped
 
 __all__ = [
     "eigenbasis",
@@ -26,6 +26,7 @@ __all__ = [
     "project",
     "project_back",
     "refresh",
+    "refreshed_bases",
     "whitened_outer_products",
 ]
 
@@ -145,3 +146,27 @@ def project(x: Tensor, qs: Sequence[Tensor | None]) -> Tensor:
 def project_back(x: Tensor, qs: Sequence[Tensor | None]) -> Tensor:
     """Rotate coordinates back, the inverse of `project`: Q1 x Q2^T for two modes."""
     return modes.multiply(x, [None if q is None else q.transpose(-2, -1) for q in qs])
+
+
+@called(
+    "(int[] dims, Tensor[] qs, Tensor[] ggs, Tensor[] rotated, Tensor[] permuted, str qr)",
+    like=lambda dims, qs, ggs, rotated, permuted, qr: [*qs, *rotated, *permuted],
+)
+def refreshed_bases(
+    dims: list[int], qs: list[Tensor], ggs: list[Tensor], rotated: list[Tensor], permuted: list[Tensor], qr: str
+) -> list[Tensor]:
+    """One `refresh` of the bases qs [k, d, d] of the modes `dims` of tensors, which follow the covariances `ggs`, with
+    the averages in these coordinates. Returns the new bases; `rotated` [k, d1, ..., dr], averages of updates, in the
+    new coordinates; and `permuted`, averages of squares, with their entries in the order of the new columns."""
+    old, new = dict(zip(dims, qs, strict=True)), {}
+    squares = list(permuted)
+    for (d, q), gg in zip(old.items(), ggs, strict=True):
+        new[d], columns = refresh(q, gg, qr)
+        for i, v in enumerate(squares):
+            index = columns.reshape(len(v), *(1,) * d, -1, *(1,) * (v.ndim - 2 - d))
+            squares[i] = v.gather(d + 1, index.expand_as(v))
+    means = []
+    for m in rotated:
+        before, now = ([qs.get(d) for d in range(m.ndim - 1)] for qs in (old, new))
+        means.append(project(project_back(m, before), now))
+    return [x.contiguous() for x in (*new.values(), *means, *squares)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from hbfunc.exchange import over_ranks, summed
 from hbfunc.optim import sharded
 from hbfunc.optim.unit import Unit
 from hbfunc.optim.units import Forms, UnitsOfGroups, forms_of
+from hbfunc.transforms.by_loss import number_of
 
 
 class Gradients(UnitsOfGroups):
@@ -66,6 +68,26 @@ class Gradients(UnitsOfGroups):
         path = nonfinite.first_nonfinite(named)
         if path is not None:
             raise FloatingPointError(f"{what} of params[{path!r}] has an inf or NaN (nonfinite='raise')")
+
+    def _tell_loss(self, work: list[tuple[dict[str, Any], Unit]], loss: Any) -> None:
+        """Tell the loss that the closure returned to the units whose transforms look at it: its mean over all ranks,
+        so that they decide alike. Raises ValueError for what is no number."""
+        asking = [unit for _, unit in work if "value" in unit.transform.needs]
+        if not asking:
+            return
+        if loss is None and all(group.get("lr") == 0 for group, _ in work):
+            # torch.distributed.checkpoint makes a state by a step without closure, with gradients and rates of zero.
+            loss = math.inf
+        found = number_of(asking[0].transform.name, loss).detach()
+        for unit in asking:
+            device = unit.params[0].device if unit.params else found.device
+            unit.told["value"] = found.to(device, torch.float64 if unit.double else torch.float32)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            mean = asking[0].told["value"].to(torch.float64)
+            torch.distributed.all_reduce(mean)
+            mean = mean / torch.distributed.get_world_size()
+            for unit in asking:
+                unit.told["value"] = mean.to(unit.told["value"])
 
     def _tell(self, work: list[tuple[dict[str, Any], Unit]], products: list[list[Tensor] | None]) -> None:
         """Tell the units whose transforms clip by the norm of all leaves its square, over all of them and all ranks; a

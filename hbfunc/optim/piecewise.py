@@ -24,8 +24,8 @@ _ENTRIES_ELSEWHERE = 1 << 24  # where every operation costs a launch
 
 def fits(transform: Transform) -> bool:
     """Whether a transform may be given some leaves at a time, and parts of leaves: it is elementwise, and needs nothing
-    that depends on all of them, nor a call for leaves without a gradient."""
-    alone = transform.layout is None and not transform.every_call and "total" not in transform.needs
+    that depends on all of them or on the loss, nor a call for leaves without a gradient."""
+    alone = transform.layout is None and not transform.every_call and not {"total", "value"} & set(transform.needs)
     return transform.elementwise and alone
 
 

@@ -136,7 +136,7 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         kinds = {p.device.type for group in self.param_groups for p in group["params"] if not p.is_meta}
         try:
             loss = self.evaluate(closure)
-            in_own_precision(self._advance_all, kinds)
+            in_own_precision(partial(self._advance_all, loss), kinds)
         except BaseException:
             self._forget_new()
             raise
@@ -148,7 +148,7 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         """Clean up at the end of a step, also of one that raised. Subclasses override this and `evaluate` and leave
         `step` alone, because torch puts hooks around the `step` of each class that has one."""
 
-    def _advance_all(self) -> None:
+    def _advance_all(self, loss: Any) -> None:
         if self._unseeded:
             self._agree_on_seed()
         for p in self._pairs:
@@ -170,6 +170,7 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group, *forms[i])]
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group), self.check_hyperparameter)
+        self._tell_loss(work, loss)
         # Without values (on the meta device) nobody can tell, and nothing is to be refreshed.
         decisions = [not unit.is_meta and unit.due() for group, unit in work]
         products = self.products(work, decisions)

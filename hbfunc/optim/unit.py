@@ -357,9 +357,8 @@ class Unit(UnitState):
         leaves = Leaves(zip(self.paths, self.params, strict=True))
         grads = {k: p.grad.to(compute_dtype(p)) for k, p in leaves.items() if p.grad is not None}
         with suppress(_Asked):
-            self.transform.update(
-                nested(self.tensors, self.empty), grads, leaves, curvature=ask, **self._extras(refresh)
-            )
+            extras = {**self._extras(refresh), **self._loss()}
+            self.transform.update(nested(self.tensors, self.empty), grads, leaves, curvature=ask, **extras)
         return {leaves[k]: v for k, v in asked.items()}
 
     def squares(self, products: Sequence[Tensor] | None) -> dict[Any, Tensor]:
@@ -385,11 +384,14 @@ class Unit(UnitState):
             there = {k: g.to(compute_dtype(leaves[k])) for k, g in zip(here, grads, strict=True)}
             state = nested(self.tensors, self.empty)
             with suppress(_Asked):
-                self.transform.update(state, there, leaves, total=ask, **self._extras(None))
+                self.transform.update(state, there, leaves, total=ask, **self._extras(None), **self._loss())
         finally:
             for join in self.joined:
                 join.release()
         return asked
+
+    def _loss(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.told.items() if name == "value"}
 
     def decaying(self) -> frozenset[str]:
         """Paths of the leaves, as the transform sees them, that weight decay is for."""

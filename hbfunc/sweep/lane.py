@@ -58,7 +58,7 @@ def make_step(loss_fn: Callable[..., Any], tx: Factory, needs: Sequence[str] = (
 
         grads, (loss, aux) = torch.func.grad_and_value(objective, has_aux=True)(lane["params"])
         rule = build(lane["design"])
-        offered = {"refresh": refresh, "curvature": product if curvature else None}
+        offered = {"refresh": refresh, "curvature": product if curvature else None, "value": loss}
         asked = {need: x for need, x in offered.items() if need in rule.needs}
         updates, state = rule.update(_computed_anew(lane), grads, lane["params"], **asked)
         metrics = {k: v for k, v in aux.items() if k != "buffers"}

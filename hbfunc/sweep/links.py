@@ -60,11 +60,12 @@ def _live(
     with _Trace() as trace:
         rule = build(columns)
         grads = pytree.tree_map(torch.zeros_like, params)
-        refresh: dict[str, Any] = {"refresh": False} if "refresh" in rule.needs else {}
+        offered: dict[str, Any] = {"refresh": False, "value": torch.zeros(())}
+        known = {need: x for need, x in offered.items() if need in rule.needs}
         try:
-            updates, new = rule.update(state, grads, params, **refresh)
+            updates, new = rule.update(state, grads, params, **known)
         except ValueError:  # it wants Hessian-vector products
-            updates, new = rule.update(state, grads, params, **refresh, curvature=lambda v: v)
+            updates, new = rule.update(state, grads, params, **known, curvature=lambda v: v)
     made = [*pytree.tree_leaves(updates), *(x for _, x in places(new))]
     sources = {i for x in made for i in trace.sources(x)}
     given: dict[Any, Tensor | None] = {**columns, **dict(hyper_places(state))}

@@ -25,7 +25,7 @@ from hbfunc.devices import choose
 from hbfunc.forms import short
 from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, in_dtype_of, kept
 from hbfunc.linalg import eigenbasis as bases
-from hbfunc.opaque import called, materialize
+from hbfunc.opaque import materialize
 from hbfunc.ranges import check_choice, check_int, check_number
 from hbfunc.schedules import Number, at, count_zeros, ema_weight, increment
 from hbfunc.stacks import Rows, along, matrix_rule, put, take
@@ -369,29 +369,7 @@ def _again(rule: Inner, s: Stacks, stop_gradient: bool, qr: str) -> Stacks:
         qr = choose("soap_qr", ggs[0].device)
     keys = [*(f"Q_{d}" for d in dims), *rule.rotated, *rule.permuted]
     rotated, permuted = [s[key] for key in rule.rotated], [s[key] for key in rule.permuted]
-    return dict(zip(keys, _refreshed_bases(dims, qs, ggs, rotated, permuted, qr), strict=True))
-
-
-@called(
-    "(int[] dims, Tensor[] qs, Tensor[] ggs, Tensor[] rotated, Tensor[] permuted, str qr)",
-    like=lambda dims, qs, ggs, rotated, permuted, qr: [*qs, *rotated, *permuted],
-)
-def _refreshed_bases(
-    dims: list[int], qs: list[Tensor], ggs: list[Tensor], rotated: list[Tensor], permuted: list[Tensor], qr: str
-) -> list[Tensor]:
-    """The new bases of the modes `dims`, and the averages that go with them."""
-    old, new = dict(zip(dims, qs, strict=True)), {}
-    squares = list(permuted)
-    for (d, q), gg in zip(old.items(), ggs, strict=True):
-        new[d], columns = bases.refresh(q, gg, qr)
-        for i, v in enumerate(squares):
-            index = columns.reshape(len(v), *(1,) * d, -1, *(1,) * (v.ndim - 2 - d))
-            squares[i] = v.gather(d + 1, index.expand_as(v))
-    means = []
-    for m in rotated:
-        before, now = ([qs.get(d) for d in range(m.ndim - 1)] for qs in (old, new))
-        means.append(bases.project(bases.project_back(m, before), now))
-    return [x.contiguous() for x in (*new.values(), *means, *squares)]
+    return dict(zip(keys, bases.refreshed_bases(dims, qs, ggs, rotated, permuted, qr), strict=True))
 
 
 def _where(
