@@ -6,7 +6,7 @@
     torch_optimizer.load_state_dict(hbfunc.convert.to_torch(optimizer.state_dict()))
 
     optimizer = hbfunc.SFAdamW(model.parameters())
-    optimizer.load_state_dict(hbfunc.convert.from_schedulefree(state))     # of schedulefree.AdamWScheduleFree
+    optimizer.load_state_dict(hbfunc.convert.from_schedulefree(state))     # of schedulefree's AdamW and SGD
 
     optimizer = hbfunc.SOAP(model.parameters(), ...)                       # the class and options of the old optimizer
     optimizer.load_state_dict(hbfunc.convert.from_heavyball(state, model.parameters()))
