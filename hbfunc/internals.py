@@ -7,8 +7,9 @@ Of tensors, `Tensor._version` is read, which torch's notes on autograd describe.
 from __future__ import annotations
 
 import importlib
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +21,12 @@ MISSING: list[str] = []  # those that this torch has not
 
 
 def _of(where: str, name: str, otherwise: Any) -> Any:
-    """What is called so in a module of torch, or else `otherwise`."""
+    """What is called so in a module of torch, perhaps with dots, or else `otherwise`."""
     full = f"{where}.{name}"
     if full not in NAMES:
         NAMES.append(full)
     try:
-        return getattr(importlib.import_module(where), name)
+        return operator.attrgetter(name)(importlib.import_module(where))
     except (ImportError, AttributeError):
         if full not in MISSING:
             MISSING.append(full)
@@ -87,8 +88,16 @@ graph_counters = _of("torch._dynamo.utils", "counters", defaultdict(Counter))  #
 # The functions behind function transforms: without them, hypergradients keep everything, and have no checkpoints.
 functorch = _of("torch._C", "_functorch", None)
 
-# The pass backward that is going on: without its number, every gradient that arrives asks to be told of its end.
-graph_task = _of("torch._C", "_current_graph_task_id", lambda: object())
+
+def _at_once(fn: Callable[[], None]) -> None:
+    fn()
+
+
+# What is called at the end of the pass backward that is going on; without it, after each gradient that arrives. Without
+# the number of the pass, every gradient that arrives asks to be told of its end.
+queue_callback = _of("torch.autograd.variable", "Variable._execution_engine.queue_callback", _at_once)
+_graph_task = _of("torch._C", "_current_graph_task_id", object)
+graph_task: Any = object if queue_callback is _at_once else _graph_task
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 BatchNorm = _of("torch.nn.modules.batchnorm", "_BatchNorm", _NORMS)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hbfunc.combinators import caution as caution_
 from hbfunc.contract import apply_updates, chain
-from hbfunc.internals import graph_task
+from hbfunc.internals import graph_task, queue_callback
 from hbfunc.transforms import clipping
 from hbfunc.transforms.steps import add_decayed_weights, scale_by_learning_rate
 
@@ -184,13 +184,13 @@ def fused_hook(parameters: Iterable[Any], optimizer: Callable[..., Any], *args: 
         warnings.warn("step() of a fused optimizer does nothing: it steps in the backward pass", stacklevel=2)
 
     def arrived(p: Tensor) -> None:
-        # An error may have ended the last pass, callback and all: so every pass has a callback of its own.
-        if passes[-1] != graph_task():
-            passes[-1] = graph_task()
-            torch.autograd.Variable._execution_engine.queue_callback(ended)
         if p in seen and seen[p]() is p.grad:
             repeated.append(True)
         seen[p] = weakref.ref(p.grad)  # type: ignore[arg-type]
+        # An error may have ended the last pass, callback and all: so every pass has a callback of its own.
+        if passes[-1] != (task := graph_task()):
+            passes[-1] = task
+            queue_callback(ended)
 
     def ended() -> None:
         missing = [p for p in members if p.grad is None]

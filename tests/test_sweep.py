@@ -742,6 +742,7 @@ def test_table(results):
         "lane   lr  seed  accuracy  loss",
         "   3    1     1       0.9   1.5",
         "   1  0.1     1       0.6     1",
+        "and 2 more lanes: table(n=4)",
         "1 of 4 lanes diverged, the first at step 15",
     ]
 

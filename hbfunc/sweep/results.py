@@ -62,7 +62,8 @@ class Results:
         return Best(lane, value, hyper, map_state(lambda _, x: x[lane], self.lanes))
 
     def table(self, metric: str = "loss", mode: str = "min", n: int = 10) -> str:
-        """The n best lanes as text: lane, hyperparameters, every metric's last value; then how many diverged."""
+        """The n best lanes as text: lane, hyperparameters, every metric's last value; then how many more there are, and
+        how many diverged."""
         names = [metric, *[m for m in self.metrics if m != metric]]
         rows = [["lane", *self.design, *names]]
         for lane in self.order(metric, mode)[:n]:
@@ -70,6 +71,8 @@ class Results:
             rows.append([str(lane), *[f"{v:.4g}" if isinstance(v, np.floating) else str(v) for v in values]])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+        if (more := len(self.diverged_at) - (len(rows) - 1)) > 0:
+            lines.append(f"and {more} more lanes: table(n={len(self.diverged_at)})")
         gone = np.flatnonzero(self.diverged_at >= 0)
         if len(gone):
             first = self.diverged_at[gone].min()
