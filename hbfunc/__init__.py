@@ -1,5 +1,7 @@
 """hbfunc: HeavyBall's documented optimizers as pure, functional transforms and as drop-in torch.optim classes."""
 
+import sys
+
 from hbfunc import chainable, convert, distributed, hypergrad, random, sweep, testing, utils
 from hbfunc.batchnorm import recompute_batchnorm
 from hbfunc.combinators import (
@@ -257,8 +259,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Raise AttributeError; for what HeavyBall 3 has and hbfunc has not, with the nearest thing."""
+    """Raise AttributeError; for what HeavyBall 3 has and hbfunc has not, with the nearest thing. Python adds the name
+    that is most alike."""
     from hbfunc.optimizers.heavyball3 import NEAREST
 
     more = f": HeavyBall 3 has it, hbfunc has not; nearest: {NEAREST[name]}" if name in NEAREST else ""
-    raise AttributeError(f"module 'hbfunc' has no attribute {name!r}{more}", name=name)
+    raise AttributeError(f"module 'hbfunc' has no attribute {name!r}{more}", name=name, obj=sys.modules[__name__])

@@ -25,7 +25,7 @@ from torch import Tensor
 from hbfunc.combinators import caution as caution_
 from hbfunc.combinators import mars_correction, with_hyperparameters
 from hbfunc.contract import Transform, chain, remembered
-from hbfunc.forms import short
+from hbfunc.forms import meant, short
 from hbfunc.parametric import ParametricSchedule, check_schedule_number, is_schedule_value
 from hbfunc.precision import round_to_parameters, with_storage
 from hbfunc.ranges import check_choice, check_number
@@ -298,9 +298,9 @@ def _registered(fn: Callable[..., Transform], listed: Sequence[inspect.Parameter
         given = {**dict(zip(positional, args, strict=False)), **options}
         if len(args) > len(positional) or len(given) < len(args) + len(options):
             raise TypeError(f"{fn.__name__}: expected at most {len(positional)} arguments in place, and each only once")
-        for name in options:
-            if name not in values:
-                raise TypeError(f"{fn.__name__}: unknown option {name!r}, expected one of {', '.join(values)}")
+        for name in [n for n in options if n not in values]:
+            hint = meant(name, values)
+            raise TypeError(f"{fn.__name__}: unknown option {name!r}{hint}, expected one of {', '.join(values)}")
         for name, value in given.items():  # doubt=1 is the number that doubt=1.0 is
             if type(value) is int and type(values[name]) is float and name not in RANGES:
                 given[name] = float(value)

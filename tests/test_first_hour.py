@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,3 +78,26 @@ def test_flags_of_a_class_are_its_defaults():
     assert Rare.__doc__.startswith("SOAP (Vyas et al. 2024")
     assert "palm = True" in hbfunc.PaLMSOAP.__doc__
     assert "palm = False" in hbfunc.SOAP.__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("learning_rate", "lr"), ("weightdecay", "weight_decay"), ("epsilon", "eps"), ("beta1", "betas")]
+)
+def test_an_option_of_another_name_is_pointed_to_ours(name, ours):
+    hint = re.escape(f"{name!r} (did you mean {ours!r}?)")
+    with pytest.raises(TypeError, match=hint):
+        hbfunc.AdamW([torch.nn.Parameter(torch.ones(2))], **{name: 0.1})
+    with pytest.raises(TypeError, match=hint):
+        hbfunc.adamw(**{name: 0.1})
+
+
+def test_an_option_that_is_like_none_has_no_hint():
+    with pytest.raises(TypeError, match=r"unknown option 'zzzzzz', expected"):
+        hbfunc.adamw(zzzzzz=1)
+
+
+def test_a_class_of_another_name_is_pointed_to_ours():
+    said = subprocess.run(
+        [sys.executable, "-c", "import hbfunc; hbfunc.Adam"], capture_output=True, text=True, check=False
+    )
+    assert "has no attribute 'Adam'. Did you mean: 'AdamW'?" in said.stderr

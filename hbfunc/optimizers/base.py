@@ -15,6 +15,7 @@ from torch import Tensor
 from hbfunc import utils
 from hbfunc.chainable.optimizers import BaseOpt
 from hbfunc.contract import Transform
+from hbfunc.forms import meant
 from hbfunc.optim.averaged import Averaging
 from hbfunc.optim.groups import use_default
 from hbfunc.optim.scheduled import with_schedules
@@ -96,7 +97,8 @@ class RecipeOptimizer(Averaging, BaseOpt):
         try:
             bound = self._arguments.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{type(self).__name__}: {error}; expected {self._arguments}") from None
+            hint = meant(next((k for k in kwargs if k not in self._arguments.parameters), ""), known)
+            raise TypeError(f"{type(self).__name__}: {error}{hint}; expected {self._arguments}") from None
         bound.apply_defaults()
         options = dict(bound.arguments)
         params, foreach, seed = (options.pop(name) for name in ("params", "foreach", "seed"))
