@@ -37,6 +37,9 @@ def execute(name: str, folder: Path) -> nbformat.NotebookNode:
     )
     environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # pictures go inline
     environment |= {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder / "ipython")}
+    environment["PYTHONWARNINGS"] = (
+        "ignore:`torch.jit.script` is deprecated:FutureWarning"  # torch's, see pyproject.toml
+    )
     notebook = read(name)
     client = NotebookClient(notebook, km=kernel, timeout=300, record_timing=False, coalesce_streams=True)
     client.execute(cwd=str(folder), env=environment, cleanup_kc=True)
