@@ -19,7 +19,7 @@ from hbfunc.sweep.designs import Design, design, grid, log_uniform, product, sam
 from hbfunc.sweep.engine import init, vectorize
 from hbfunc.sweep.lane import Lane, Lanes, freeze, hyper, make_step, take, with_hyper
 from hbfunc.sweep.modules import Functional, dropout, functional, seeded
-from hbfunc.sweep.results import Best, Results
+from hbfunc.sweep.results import Best, Results, Spread
 from hbfunc.sweep.running import Event, run, stream
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Lane",
     "Lanes",
     "Results",
+    "Spread",
     "design",
     "dropout",
     "freeze",
