@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from hbfunc.internals import pytree
 from hbfunc.leaves import Tree
-from hbfunc.sweep import designs, memory
+from hbfunc.sweep import designs, memory, saving
 from hbfunc.sweep.engine import check_batch, init, vectorize
 from hbfunc.sweep.lane import ENTRIES, Factory, Lane, Lanes, Metrics, Refresh, freeze, make_step, rows_taken
 from hbfunc.sweep.results import Array, Results
@@ -50,6 +52,7 @@ def stream(
     chunk: int | None = None,
     memory_bytes: int | None = None,
     tick: Callable[[int], object] = lambda lanes: None,
+    after: Event | None = None,
 ) -> Generator[Event, None, None]:
     """Train the K lanes of `design`, and yield an Event after every `every` steps and the last, chunk after chunk.
 
@@ -62,6 +65,8 @@ def stream(
     chunk: lanes at once. By default as many as fit into `memory_bytes`, by default half of the free memory, counted
         in one step with one lane and one with two. Chunks have the same size: the last is padded with its own lanes.
     tick: called after each step with its number of lanes.
+    after: the event after which to go on, of the same sweep with the same `chunk`, which is then needed. Its lanes may
+        be a list of their leaves.
 
     No autograd graph is kept from one step to the next, even for tensors that require grad. The lanes of an event are
     those being trained: read them, and copy them (`take`) to keep them.
@@ -71,6 +76,8 @@ def stream(
     design = designs.design(design)
     k = designs.size(design)
     steps = _steps(batches, steps)
+    if after is not None and chunk is None:
+        raise ValueError("chunk=None: expected the chunk of the sweep that `after` is of")
     if every < 1 or (chunk is not None and chunk < 1):
         raise ValueError(f"every={every}, chunk={chunk}: expected positive numbers")
 
@@ -116,11 +123,13 @@ def stream(
     if chunk is None:
         with torch.no_grad():
             chunk = fitting()
-    for start in range(0, k, chunk):
+    for start in range(0 if after is None else after.start, k, chunk):
         n = min(chunk, k - start)
         rows = torch.arange(start, start + min(chunk, k)).clamp(max=k - 1)
-        lanes = begin(rows)
-        for t in range(1, steps + 1):
+        lanes, done = begin(rows), 0
+        if after is not None and start == after.start:
+            lanes, done = saving.restored(lanes, pytree.tree_leaves(after.lanes)), after.step
+        for t in range(done + 1, steps + 1):
             with torch.no_grad():  # of the steps together: each takes its own gradient
                 lanes, metrics = step(lanes, batch(t, rows), refresh=at(t))
                 if t % every == 0 or t == steps:
@@ -139,42 +148,70 @@ def run(
     *,
     keep: Sequence[str] = ("params", "buffers"),
     progress: bool | None = None,
+    save: str | os.PathLike[str] | None = None,
+    save_every: int = 100,
+    resume: bool = False,
     **options: Any,
 ) -> Results:
     """Train the K lanes of `design` to the end, and return the Results.
 
     keep: the entries of the lanes that the results keep, on the CPU.
     progress: a tqdm bar; None shows one on a terminal if tqdm is installed.
+    save: a file for a checkpoint, written at the first event of every `save_every` steps of a chunk and at its end. A
+        file that is there already is an error, unless resume=True, which goes on from it; so one command, with
+        resume=True, may be killed and run again. The results are those of a run that was not stopped, bit for bit, if
+        loss, optimizer, batches and machine are the same. It is of the same design, steps, `every` and `keep`.
     options: the keywords of `stream`.
 
     Once trained, lanes are not lost for a report that fails: a bar that breaks, or a metric of changing shape, is left
     out with a warning. Raises ImportError when progress=True and tqdm is not installed, ValueError for an entry to keep
-    that lanes do not have, and what `stream` raises.
+    that lanes do not have and for a checkpoint of another sweep, FileExistsError for one that is in the way, and what
+    `stream` raises.
     """
     design = designs.design(design)
     k = designs.size(design)
     steps = _steps(batches, options.pop("steps", None))
     if unknown := set(keep) - set(ENTRIES):
         raise ValueError(f"keep={min(unknown)!r}: expected some of {', '.join(map(repr, ENTRIES))}")
-    recorded: dict[int, dict[str, list[Array]]] = {}
-    kept: list[Lanes] = []
-    diverged: list[Tensor] = []
+    if save_every < 1:
+        raise ValueError(f"save_every={save_every}: expected a positive number")
+    if resume and save is None:
+        raise ValueError("resume=True: expected save=, the file to go on from")
+    path = None if save is None else Path(save)
+    plan = {"steps": steps, "every": options.get("every", 1), "keep": list(keep)}
+    record, begun, chunk, saved = saving.Record(), 0, None, 0
+    if path is not None and path.exists():
+        if not resume:
+            raise FileExistsError(f"save={str(path)!r} is there already: resume=True goes on from it, or delete it")
+        found = saving.read(path, design, plan)
+        record, chunk, saved = found.record, found.chunk, found.step
+        if options.setdefault("chunk", chunk) != chunk:
+            raise ValueError(f"{path} is of another sweep: chunk={chunk} there, and {options['chunk']} here")
+        options["after"] = Event(found.start, found.step, {}, {"leaves": found.lanes})
+        begun = found.start * steps + min(found.chunk, k - found.start) * found.step
     with (
         _Bar(progress, k * steps) as bar,
         closing(stream(loss_fn, tx, params, design, batches, steps=steps, tick=bar.tick, **options)) as events,
     ):
+        bar.tick(begun)
         for event in events:
             for name, m in event.metrics.items():
-                recorded.setdefault(event.step, {}).setdefault(name, []).append(_array(m))
+                record.metrics.setdefault(event.step, {}).setdefault(name, []).append(_array(m))
             if event.step == steps:
-                kept.append(pytree.tree_map(lambda x: x.detach().cpu(), {name: event.lanes[name] for name in keep}))
-                diverged.append(event.lanes["diverged_at"])
+                mine = {name: event.lanes[name] for name in keep}
+                record.kept.append(pytree.tree_map(lambda x: x.detach().cpu(), mine))
+                record.diverged.append(event.lanes["diverged_at"].cpu())
+            if path is not None and (event.step == steps or event.step >= saved + save_every):
+                chunk = len(event.lanes["step"]) if chunk is None else chunk
+                leaves = pytree.tree_leaves(event.lanes)
+                saving.write(path, design, plan, saving.Checkpoint(event.start, event.step, chunk, leaves, record))
+                saved = 0 if event.step == steps else event.step
     return Results(
         design={name: column.cpu().numpy() for name, column in design.items()},
-        steps=torch.tensor(list(recorded)).numpy(),
-        metrics=_tables(list(recorded.values()), k),
-        diverged_at=torch.cat(diverged).cpu().numpy(),
-        lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *kept) if keep else {},
+        steps=torch.tensor(list(record.metrics)).numpy(),
+        metrics=_tables(list(record.metrics.values()), k),
+        diverged_at=torch.cat(record.diverged).numpy(),
+        lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *record.kept) if keep else {},
     )
 
 
