@@ -93,7 +93,10 @@ def plan(
             continue
         order = (0, 3, 1, 2) if channels_last and leaf.ndim == 4 else tuple(range(leaf.ndim))
         shape = tuple([leaf.shape[dim] for dim in order])
-        shape, parts = view(path, leaf) if view else View((merge(shape) if merge else shape) or (1,))
+        if view is not None:  # not `if view`: the graphs of torch 2.11 have no truth of a function
+            shape, parts = view(path, leaf)
+        else:
+            shape, parts = View((shape if merge is None else merge(shape)) or (1,))
         chunks = [[(at, min(split or size, size - at)) for at in range(0, size, split or size)] for size in shape]
         if parts:
             chunks[-2] = list(zip(itertools.accumulate((0, *parts[:-1])), parts, strict=True))

@@ -365,7 +365,7 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
                 present = None if t.every_call and not parallel else present  # every leaf has an update behind it
             if s:
                 new[n] = s
-            if t.steps and asked[i]:
+            if t.steps is not False and asked[i]:
                 extras["steps"] = {*extras["steps"], *made_steps(t, params)}
         return updates, new
 
@@ -402,7 +402,7 @@ def _any_steps(transforms: Sequence[Transform]) -> bool | Callable[[Flat], Colle
     """`Transform.steps` of several, one after the other."""
     if any(t.steps is True for t in transforms):
         return True
-    some = [t for t in transforms if t.steps]
+    some = [t for t in transforms if t.steps is not False]
     return (lambda params: {k for t in some for k in made_steps(t, params)}) if some else False
 
 

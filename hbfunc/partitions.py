@@ -76,7 +76,7 @@ def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor
         return label_of
 
     rated = transforms
-    if any("rate" in t.needs or t.steps for t in transforms.values()):
+    if any("rate" in t.needs or t.steps is not False for t in transforms.values()):
         rated = {name: t if "rate" in t.needs or t.steps is True else _rated(t) for name, t in transforms.items()}
     parts = [_restricted(t, label, name)._replace(name=name) for name, t in rated.items()]
     whole = parallel(*parts, name="partition")
@@ -142,6 +142,6 @@ def _restricted(inner: Transform, label: Callable[[Leaves], dict[str, Any]], wan
         assert inner.layout is not None
         return inner.layout(select(params))
 
-    steps = (lambda params: made_steps(inner, select(params))) if inner.steps else False
-    places = layout if inner.layout else None
+    steps = (lambda params: made_steps(inner, select(params))) if inner.steps is not False else False
+    places = None if inner.layout is None else layout
     return wrap(inner, init, update, inside="", layout=places, elementwise=False, steps=steps)

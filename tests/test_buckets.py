@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from oracles import layout
 from oracles import merge_dims as merged_by_the_oracle
 
-from hbfunc.buckets import matrix_shape, merge_dims, plan, present, stack, unstack
+import hbfunc
+from hbfunc.buckets import View, matrix_shape, merge_dims, plan, present, stack, unstack
 
 shapes = st.lists(st.integers(0, 6), max_size=5).map(tuple)
 
@@ -181,3 +182,29 @@ def test_vmap_and_compile():
         out = fn(lanes)
         assert list(out) == list(lanes)
         assert all(torch.equal(out[k], 2 * lanes[k]) for k in lanes)
+
+
+class Function:
+    """A function that has no truth, as none has in the graphs of torch 2.11."""
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __call__(self, *args):
+        return self.fn(*args)
+
+    def __bool__(self):
+        raise AssertionError("asked whether a function is true")
+
+
+def test_no_step_asks_whether_a_function_is_true():
+    leaves = {"a": torch.ones(2, 3)}
+    view = Function(lambda path, p: View(tuple(p.shape)))
+    for options in ({"merge": Function(tuple)}, {"view": view}):
+        assert list(plan(leaves, **options)) == ["2x3_float32"]
+    steps = Function(lambda params: {"a"})
+    rate = hbfunc.scale_by_learning_rate(0.1)._replace(steps=steps)
+    halved = hbfunc.partition({"all": hbfunc.chain(rate, hbfunc.caution())}, lambda path, p: "all")
+    for tx in (hbfunc.chain(rate, hbfunc.scale_by_learning_rate(0.5)), halved):
+        updates, _ = tx.update(tx.init(leaves), leaves, leaves)
+        assert bool((updates["a"] < 0).all())

@@ -105,7 +105,7 @@ def stream(
 
         def work(value: Refresh) -> None:
             new, _ = plain(begun, batch(1, rows), refresh=value)
-            if measure:
+            if measure is not None:
                 measure(new)
 
         rows = torch.arange(lanes) % k
@@ -133,7 +133,7 @@ def stream(
             with torch.no_grad():  # of the steps together: each takes its own gradient
                 lanes, metrics = step(lanes, batch(t, rows), refresh=at(t))
                 if t % every == 0 or t == steps:
-                    metrics = {**metrics, **(measure(lanes) if measure else {})}
+                    metrics = {**metrics, **({} if measure is None else measure(lanes))}
             tick(n)
             if t % every == 0 or t == steps:
                 yield Event(start, t, {name: m[:n] for name, m in metrics.items()}, rows_taken(lanes, slice(n)))

@@ -71,7 +71,7 @@ def form_of(state: State) -> dict[str, str]:
 
 def owned_entries(case: Case, state: State) -> dict[str, dict[str, Tensor]]:
     """By parameter, the state entries that are its own: those under its path, and its rows of stacks."""
-    layout = case.transform.layout(case.params) if case.transform.layout else {}
+    layout = {} if case.transform.layout is None else case.transform.layout(case.params)
     own: dict[str, dict[str, Tensor]] = {k: {} for k in case.params}
 
     def walk(x: Any, rows: Any, where: str, owner: str | None) -> None:
