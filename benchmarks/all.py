@@ -16,8 +16,13 @@ from pathlib import Path
 import torch
 from common import parser
 
-PROGRAMS = ("step", "compile", "memory", "sweep", "convergence", "maml")
-ON_CPU = ("convergence", "maml")  # a matter of numbers and not of speed: the CPU is the place for small problems
+PROGRAMS = ("step", "compile", "memory", "sweep", "convergence", "maml", "target", "robustness")
+ON_CPU = (
+    "convergence",
+    "maml",
+    "robustness",
+)  # a matter of numbers and not of speed: the CPU is the place for small problems
+TIMED = ("target", "robustness")  # which take --minutes
 CUDA = {"sweep": ["--versus", "256"]}
 
 
@@ -31,6 +36,7 @@ def commands(args: argparse.Namespace, cuda: bool) -> list[list[str]]:
         command += ["--quick"] * args.quick
         command += ["--out", str(args.out)] if args.out else []
         command += ["--heavyball", str(args.heavyball)] if args.heavyball and program == "step" else []
+        command += ["--minutes", str(args.minutes)] if args.minutes and program in TIMED else []
         made.append(command)
     return made
 
@@ -39,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, metavar="NAME")
     made.add_argument("--heavyball", type=Path, help="a folder to import HeavyBall from, if it is not installed")
+    made.add_argument("--minutes", type=float, help="what each of target and robustness may take, about")
     made.set_defaults(device="auto")
     args = made.parse_args(argv)
     cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")

@@ -187,8 +187,16 @@ def projected(inner: hbfunc.Transform, low: float, high: float) -> hbfunc.Transf
 # Measuring
 
 
-def scores(problem: Problem, entry: race.Entry, newton: bool, lrs: Sequence[float], seeds: int, steps: int) -> Tensor:
-    """The score after each step, [steps, lrs, seeds]; NaN once a lane has diverged."""
+def scores(
+    problem: Problem,
+    entry: race.Entry,
+    newton: bool,
+    lrs: Sequence[float],
+    seeds: int,
+    steps: int,
+    metric: str = "score",
+) -> Tensor:
+    """The score after each step, or another metric of it, [steps, lrs, seeds]; NaN once a lane has diverged."""
 
     def make(lr: Tensor) -> hbfunc.Transform:
         return projected(entry.make(lr), *problem.inside) if problem.inside else entry.make(lr)
@@ -210,7 +218,7 @@ def scores(problem: Problem, entry: race.Entry, newton: bool, lrs: Sequence[floa
         evaluate=evaluate,
         chunk=len(lrs) * seeds,
     )
-    return torch.stack([event.metrics["score"] for event in events]).unflatten(1, (len(lrs), seeds))
+    return torch.stack([event.metrics[metric] for event in events]).unflatten(1, (len(lrs), seeds))
 
 
 def hits(curves: Tensor, steps: Sequence[int], target: float, window: int = 1) -> Tensor:

@@ -16,7 +16,9 @@ import compile as compiling
 import convergence
 import memory
 import pytest
+import robustness
 import step
+import target
 import torch
 
 import hbfunc
@@ -248,6 +250,72 @@ def test_convergence_writes_tables(tmp_path, capsys):
     assert rows["digits"]["newton"] is None
     assert rows["Reddi"]["sfadamw"]["lanes"] == 3
     assert "| Reddi " in capsys.readouterr().out
+
+
+# target
+
+
+def test_steps_to_a_target_and_their_judgement():
+    rows = {
+        "adamw": {"steps": [1, 2, 3], "curves": [[3.0, 2.0, 1.0], [3.0, 2.0, 1.2]], "seconds_per_step": 0.5},
+        "soap": {"steps": [1, 2, 3], "curves": [[3.0, 1.0, 0.5], [3.0, 2.0, 0.7]], "seconds_per_step": 2.0},
+    }
+    found = target.judged(rows)
+    assert found["adamw"]["target"] == pytest.approx(1.01 * 1.1)
+    assert (found["adamw"]["reached"], found["soap"]["reached"]) == (1, 2)
+    assert (found["soap"]["steps_to_target"], found["soap"]["seconds_to_target"]) == (2.5, 5.0)
+    assert found["soap"]["mean"] == pytest.approx(0.6)
+    assert found["soap"]["standard_error"] == pytest.approx(0.1)
+    # t = 0.5 / sqrt(0.02) with 2 degrees of freedom: p = 1 - t / sqrt(2 + t^2)
+    t = 0.5 / 0.02**0.5
+    assert found["soap"]["p"] == pytest.approx(1 - t / (2 + t * t) ** 0.5)
+    assert target.judged(rows, 0.1)["soap"]["steps_to_target"] is None
+
+
+def test_ours_and_torchs_see_the_same_in_target():
+    """The same initialisation, batches and schedule: AdamW of both ends at the same losses."""
+    task = target.Text("toy", 2, CPU)
+    lanes, steps = [(0.01, 0.1, 0), (0.02, 0.0, 7)], 5
+    both = [target.contenders([name])[name][1](task, lanes, steps) for name in ("adamw", "torch AdamW")]
+    assert both[0].steps == both[1].steps == [1, 2, 3, 4, 5]
+    ours, peers = (torch.tensor(one.curves, dtype=torch.float64) for one in both)
+    torch.testing.assert_close(ours, peers, rtol=0, atol=2e-3)  # betas are (0.9, 0.99) and (0.9, 0.999)
+    assert (ours[0] - ours[1]).abs().max() > 2e-3
+
+
+def test_target_writes_tables(tmp_path, capsys):
+    target.main(["--quick", "--out", str(tmp_path), "--optimizers", "muon", "sfadamw", "schedulefree AdamW", "nobody"])
+    found = written(tmp_path, "target")["found"]
+    assert {"adamw", "muon", "sfadamw"} <= found.keys()
+    assert "not here: nobody" in (told := capsys.readouterr().out)
+    assert "| muon " in told
+
+
+# robustness
+
+
+@pytest.mark.parametrize("family", robustness.FAMILIES)
+def test_hard_problems_start_above_their_target(family):
+    for make in robustness.FAMILIES[family].values():
+        problem = make()
+        for seed in range(3):
+            params = problem.start(seed)
+            assert problem.score(params) > problem.target
+            grads = torch.func.grad(problem.loss)(params, problem.batch(1))
+            assert all(torch.isfinite(g).all() for g in grads.values())
+
+
+def test_solved_problems_are_counted():
+    rows = {"one": {"easy": {"a": [True, False]}, "hard": {"a": [False, True]}}, "two": {"easy": {"a": [False, False]}}}
+    found = robustness.counted(rows, "a")
+    assert (found["fixed"], found["best"], found["problems"]) == (1, 2, 3)
+
+
+def test_robustness_writes_tables(tmp_path, capsys):
+    families = ["--families", "escape", "drifting"]
+    robustness.main(["--quick", "--out", str(tmp_path), "--optimizers", "adamw", "muon", *families])
+    assert written(tmp_path, "robustness")["found"]["muon"]["problems"] == 6
+    assert "| muon " in capsys.readouterr().out
 
 
 # the whole suite
