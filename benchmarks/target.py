@@ -5,7 +5,7 @@ them is held out. All contenders see the same batches in the same order, and sta
 learning rate rises over the first 5% of the steps, is constant, and falls linearly to 0 over the last 40%; those of
 Schedule-Free, whose average takes the place of a cooldown, stay constant.
 
-Each contender is tuned at an equal budget, over a grid of learning rates around its default times two weight decays: the
+Each contender is tuned at an equal budget, a grid of learning rates around its default times two weight decays: the
 lanes of one sweep. The best cell by the final loss then trains from fresh seeds, which the tuning has not seen.
 The target is what tuned AdamW ends at, on average over its seeds, times 1.01, or `--loss`. Reported are the final loss
 (mean and standard error), Welch's p against tuned AdamW, the first step at or below the target, and its wall-clock.
