@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import target
 import torch
 from tables import CLASSES
 
@@ -118,6 +119,25 @@ def test_where_to_start_says_what_the_classes_and_the_results_say():
         if f"| `{name}` |" in page or f"`{title}`" not in unreleased:
             lines.append(f"| `{name}` | {lr} | {cls.start} | {window} |")
     assert [line for line in lines if line not in page.splitlines()] == []
+
+
+def test_choosing_says_what_was_measured():
+    """Its table is that of the results, and so is every figure of the advice that is in the results' tables."""
+    (path,) = (ROOT / "benchmarks/results").glob("target-*-torch2.13.0.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    judged = target.judged(rows)
+    page = PAGES["choosing.md"].read_text(encoding="utf-8")
+    assert target.table(rows, judged) in page
+    for name, steps in (("soap", 62), ("muon", 72)):
+        assert round(judged[name]["steps_to_target"]) == steps
+    assert (round(judged["sfadamw"]["mean"], 2), round(judged["adamw"]["mean"], 2)) == (2.64, 2.80)
+    (path,) = (ROOT / "benchmarks/results").glob("convergence-*-torch2.13.0.json")
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [round(known["digits"][name]["steps"]) for name in ("soap", "muon", "adamw")] == [39, 33, 78]
+    assert [round(known["Kronecker 10^4"][name]["steps"]) for name in ("soap", "newton", "adamw")] == [90, 142, 230]
+    noisy = sorted((row["successes"], name) for name, row in known["noisy matmul"].items())
+    assert noisy[-1] == (24, "sfadamw")
+    assert noisy[-2][0] == 12
 
 
 def test_the_readme_is_short():
