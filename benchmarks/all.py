@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 from common import parser
 
-PROGRAMS = ("step", "compile", "memory", "sweep", "convergence", "maml", "target", "robustness")
-ON_CPU = (
-    "convergence",
-    "maml",
-    "robustness",
-)  # a matter of numbers and not of speed: the CPU is the place for small problems
+PROGRAMS = ("step", "compile", "memory", "sweep", "convergence", "maml", "search", "target", "robustness")
+# A matter of numbers and not of speed: the CPU is the place for small problems.
+ON_CPU = ("convergence", "maml", "search", "robustness")
 TIMED = ("target", "robustness")  # which take --minutes
 CUDA = {"sweep": ["--versus", "256"]}
 

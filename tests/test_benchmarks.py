@@ -17,6 +17,7 @@ import convergence
 import memory
 import pytest
 import robustness
+import search
 import step
 import target
 import torch
@@ -289,6 +290,17 @@ def test_target_writes_tables(tmp_path, capsys):
     assert {"adamw", "muon", "sfadamw"} <= found.keys()
     assert "not here: nobody" in (told := capsys.readouterr().out)
     assert "| muon " in told
+
+
+# search
+
+
+def test_search_writes_tables(tmp_path, capsys):
+    search.main(["--quick", "--out", str(tmp_path)])
+    found = written(tmp_path, "search")
+    assert found["digits"]["halving"]["lane_steps"] == 16 * 2 + 8 * 2 < found["digits"]["grid"]["lane_steps"] == 64
+    assert len(found["samplers"]["TPE"]) == 2
+    assert "| random " in capsys.readouterr().out
 
 
 # robustness

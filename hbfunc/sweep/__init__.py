@@ -12,6 +12,7 @@ designs     which hyperparameters each lane gets
 modules     any nn.Module as a pure function, buffers and dropout included
 engine      one lane's step, the same for K lanes, and the loop around it
 memory      how many lanes fit
+search      rounds of proposals, and successive halving
 results     arrays, tables and pictures of what the lanes did
 """
 
@@ -21,6 +22,7 @@ from hbfunc.sweep.lane import Lane, Lanes, freeze, hyper, make_step, take, with_
 from hbfunc.sweep.modules import Functional, dropout, functional, seeded
 from hbfunc.sweep.results import Best, Results, Spread
 from hbfunc.sweep.running import Event, run, stream
+from hbfunc.sweep.search import Optuna, Proposer, halving, search
 
 __all__ = [
     "Best",
@@ -29,6 +31,8 @@ __all__ = [
     "Functional",
     "Lane",
     "Lanes",
+    "Optuna",
+    "Proposer",
     "Results",
     "Spread",
     "design",
@@ -36,6 +40,7 @@ __all__ = [
     "freeze",
     "functional",
     "grid",
+    "halving",
     "hyper",
     "init",
     "log_uniform",
@@ -43,6 +48,7 @@ __all__ = [
     "product",
     "run",
     "sample",
+    "search",
     "seeded",
     "stream",
     "take",

@@ -53,6 +53,7 @@ class Results:
     metrics: "loss" and the others by name, [E, K]; NaN once a lane has diverged.
     diverged_at: [K], the step (from 1) at which loss or parameters were no longer finite; -1 for never.
     lanes: what was kept of the final lanes, params and buffers: trees of CPU tensors [K, ...].
+    stopped_at: [K], the step after which a lane was stopped as others were better; -1 for those that were not.
     """
 
     design: dict[str, Array]
@@ -60,6 +61,7 @@ class Results:
     metrics: dict[str, Array]
     diverged_at: Array
     lanes: dict[str, Any] = field(default_factory=dict)
+    stopped_at: Array | None = None
 
     def final(self, metric: str = "loss") -> Array:
         """The last value of a metric, [K]; NaN for diverged lanes. Raises KeyError for an unknown metric."""
@@ -135,23 +137,28 @@ class Results:
         if len(gone):
             first = self.diverged_at[gone].min()
             lines.append(f"{len(gone)} of {len(self.diverged_at)} lanes diverged, the first at step {first}")
+        if self.stopped_at is not None and (stopped := int((self.stopped_at >= 0).sum())):
+            lines.append(f"{stopped} of {len(self.diverged_at)} lanes were stopped, as others were better")
         return "\n".join(lines)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a line per lane: its index, hyperparameters, every metric's last value, and where it diverged (-1 for
-        never). Numbers are written so that they are read again to the last bit; NaN is an empty field."""
+        """Write a line per lane: its index, hyperparameters, every metric's last value, and where it diverged or was
+        stopped (-1 for never). Numbers are read again to the last bit; NaN is an empty field."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             write = csv.writer(file)
-            write.writerow(["lane", *self.design, *self.metrics, "diverged_at"])
+            ends = {"diverged_at": self.diverged_at, "stopped_at": self.stopped_at}
+            told = {name: x for name, x in ends.items() if x is not None}
+            write.writerow(["lane", *self.design, *self.metrics, *told])
             finals = [self.final(metric) for metric in self.metrics]
             for lane in range(len(self.diverged_at)):
-                row = [x[lane].item() for x in (*self.design.values(), *finals, self.diverged_at)]
+                row = [x[lane].item() for x in (*self.design.values(), *finals, *told.values())]
                 write.writerow([lane, *["" if _is_nan(x) else repr(x) for x in row]])
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write design, steps, metrics at each of them and `diverged_at`, but no lanes. NaN is null, an infinity the
         string "inf" or "-inf"."""
         found = {"design": self.design, "steps": self.steps, "metrics": self.metrics, "diverged_at": self.diverged_at}
+        found |= {} if self.stopped_at is None else {"stopped_at": self.stopped_at}
         Path(path).write_text(json.dumps(found, default=_listed, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -161,7 +168,8 @@ class Results:
         design = {k: np.array(x, dtype=np.int64 if k == "seed" else np.float64) for k, x in found["design"].items()}
         metrics = {k: np.array(_numbers(x), dtype=np.float64) for k, x in found["metrics"].items()}
         steps, gone = (np.array(found[k], dtype=np.int64) for k in ("steps", "diverged_at"))
-        return cls(design, steps, metrics, gone)
+        stopped = np.array(found["stopped_at"], dtype=np.int64) if "stopped_at" in found else None
+        return cls(design, steps, metrics, gone, stopped_at=stopped)
 
     def curves(self, metric: str = "loss", color: str | None = None, ax: Any = None, over: str | None = None) -> Any:
         """Draw a metric over the steps, a line per lane, and return the matplotlib Axes.

@@ -196,7 +196,7 @@ def run(
         bar.tick(begun)
         for event in events:
             for name, m in event.metrics.items():
-                record.metrics.setdefault(event.step, {}).setdefault(name, []).append(_array(m))
+                record.metrics.setdefault(event.step, {}).setdefault(name, []).append(as_array(m))
             if event.step == steps:
                 mine = {name: event.lanes[name] for name in keep}
                 record.kept.append(pytree.tree_map(lambda x: x.detach().cpu(), mine))
@@ -215,7 +215,7 @@ def run(
     )
 
 
-def _array(x: Tensor) -> Array:
+def as_array(x: Tensor) -> Array:
     """A metric as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     x = x.detach().cpu()
     return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).numpy()
