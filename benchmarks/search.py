@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import device, facts, markdown, parser, results, save
+from common import device, facts, markdown, parser, pyplot, results, save
 from torch import Tensor, nn
 
 import hbfunc
@@ -96,6 +96,18 @@ def samplers(seeds: int) -> dict[str, list[float]]:
     return {"TPE": tpe, "random": [best_of(optuna.samplers.RandomSampler(seed=s), s) for s in range(seeds)]}
 
 
+def draw(values: dict[str, list[float]], path: Any) -> None:
+    """For each sampler the values of its seeds, from the best to the worst."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, found in values.items():
+        ax.plot(range(1, len(found) + 1), sorted(found), "o-", label=name)
+    ax.set(xlabel="seeds, from the best to the worst", ylabel="true value of the best noisy point", yscale="log")
+    ax.legend()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     path = results("search", args, device(args))
@@ -106,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quantiles = [[name, f"{statistics.median(x):.3g}", f"{min(x):.2g} to {max(x):.2g}"] for name, x in values.items()]
     print("\n" + markdown(["sampler", "median of the seeds", "range"], quantiles))
     save(path, {**facts(torch.device("cpu")), "digits": rows, "samplers": values})
+    draw(values, path.with_suffix(".png"))
     print(f"\n{path}")
 
 

@@ -12,7 +12,7 @@ designs     which hyperparameters each lane gets
 modules     any nn.Module as a pure function, buffers and dropout included
 engine      one lane's step, the same for K lanes, and the loop around it
 memory      how many lanes fit
-search      rounds of proposals, and successive halving
+searching   rounds of proposals, and successive halving
 results     arrays, tables and pictures of what the lanes did
 """
 
@@ -22,7 +22,7 @@ from hbfunc.sweep.lane import Lane, Lanes, freeze, hyper, make_step, take, with_
 from hbfunc.sweep.modules import Functional, dropout, functional, seeded
 from hbfunc.sweep.results import Best, Results, Spread
 from hbfunc.sweep.running import Event, run, stream
-from hbfunc.sweep.search import Optuna, Proposer, halving, search
+from hbfunc.sweep.searching import Optuna, Proposer, halving, search
 
 __all__ = [
     "Best",
