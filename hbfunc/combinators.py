@@ -53,13 +53,17 @@ class _Making(threading.local):
 
 
 _making = _Making()
+_MADE = 8  # transforms that are kept by `made_once`
 
 
 @contextmanager
-def made_once() -> Iterator[None]:
-    """Inside, `with_hyperparameters` makes one transform of the same tensors, however often it is called: for a caller
-    who updates leaf after leaf, and writes to no number meanwhile."""
-    before, _making.known = _making.known, {}
+def made_once(known: dict[Any, tuple[Transform, Any]]) -> Iterator[None]:
+    """Inside, `with_hyperparameters` makes one transform of the same tensors with the same values, however often it is
+    called: for a caller who updates leaf after leaf.
+
+    known: of what was made, the caller's, who may keep it for the next time.
+    """
+    before, _making.known = _making.known, known
     try:
         yield
     finally:
@@ -112,8 +116,10 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         """The transform of a state's numbers."""
         if _making.known is None:
             return make(hyper, **choices)[0]
-        key = (make, *map(id, hyper.values()))
+        key = (make, *((id(x), x._version if isinstance(x, Tensor) else 0) for x in hyper.values()))
         if key not in _making.known:
+            if len(_making.known) >= _MADE:
+                _making.known.clear()
             _making.known[key] = make(hyper, **choices)[0], hyper  # kept, for the sake of their ids
         return _making.known[key][0]
 

@@ -12,8 +12,8 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.profiler import ProfilerActivity, profile
 
 import hbfunc
-from hbfunc import utils
-from hbfunc.optim import compiled, piecewise, unit
+from hbfunc import contract, utils
+from hbfunc.optim import compiled, piecewise, unit, units
 from hbfunc.optimizers.base import OPTIMIZERS
 
 CLASSES = {title: cls for title, cls in OPTIMIZERS.items() if cls.__module__.startswith("hbfunc.")}
@@ -148,3 +148,57 @@ def test_functions_of_a_users_fail_before_anything_is_written():
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     assert int(optimizer.state[params[0]]["count"]) == 1
+
+
+@pytest.mark.parametrize("title", CLASSES)
+def test_numbers_are_taken_anew_when_they_change(title):
+    """What is kept from step to step is not what an earlier learning rate, decay or beta would give."""
+
+    def changed(optimizer, forget):
+        for t in range(5):
+            for group in optimizer.param_groups:
+                give(group["params"], t)
+                if t == 2:
+                    group["lr"] = 0.003
+                if t == 3:
+                    group["weight_decay"] = 0.2
+                    group.update({"betas": (0.7, *group["betas"][1:])} if "betas" in group else {})
+            optimizer.step()
+            if forget:
+                optimizer._start_units()
+        return optimizer
+
+    make = CLASSES[title]
+    kept, fresh = (changed(make(leaves(low=False), lr=0.01, seed=0), forget) for forget in (False, True))
+    for p, q in zip(kept.param_groups[0]["params"], fresh.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # those that are joined then are not
+
+
+def test_a_steady_step_makes_nothing_anew(monkeypatch):
+    """Neither transforms nor keys, over many groups and pieces."""
+    groups = [{"params": [nn.Parameter(torch.randn(3, 4))], "lr": 0.01 * i} for i in range(1, 9)]
+    optimizer = run(hbfunc.AdamW(groups), steps=3)
+    counts = dict.fromkeys(("transforms", "structures", "turns"), 0)
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(contract, "transform", counted("transforms", contract.transform))
+    monkeypatch.setattr(units, "turns", counted("turns", units.turns))
+    monkeypatch.setattr(type(optimizer), "structure", counted("structures", type(optimizer).structure))
+    run(optimizer, steps=2)
+    assert counts == {"transforms": 0, "structures": 0, "turns": 0}
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    run(optimizer, steps=1)
+    assert counts["transforms"] > 0
+    assert counts["structures"] == 0
+    optimizer.param_groups[0]["caution"] = True
+    optimizer.param_groups[1]["params"][0].data = torch.zeros(3, 4)
+    run(optimizer, steps=1)
+    assert counts["structures"] == 1
+    assert counts["turns"] >= 1

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hbfunc import utils
 from hbfunc.chainable.guards import Group, SkipUpdate, entries_of
 from hbfunc.chainable.lift import Program, Run, joined, late, settled, split
 from hbfunc.chainable.parts import Function, parts_of
@@ -108,8 +107,7 @@ class ChainOpt(StatefulOptimizer):
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
         """The options of a param group that the functions and the step use, and settings of `hbfunc.utils`."""
-        settings = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
-        return {**settings, **{k: v for k, v in with_schedules(group).items() if k not in _NO_OPTIONS}}
+        return {**self.settings(), **{k: v for k, v in with_schedules(group).items() if k not in _NO_OPTIONS}}
 
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Everything of a group that shapes its graph, besides its parameters: every option that is not a number."""

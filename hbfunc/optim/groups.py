@@ -76,6 +76,11 @@ class ParamGroups(torch.optim.Optimizer):
         """Raise if a hyperparameter, written to a group since the last step, must not have this value."""
         check_value(name, value)
 
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """The options that a class takes from `hbfunc.utils`, with their present values."""
+        return {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
+
     # Groups and their parameters.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

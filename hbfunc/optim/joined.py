@@ -120,7 +120,7 @@ class Joined:
             each.copy_(x)
 
 
-_writes = attrgetter("_version")
+_writes, _dtype = attrgetter("_version"), attrgetter("dtype")
 
 
 def _value(x: Any) -> Any:
@@ -140,7 +140,7 @@ class _Buffer:
     def take(self, values: list[Tensor]) -> Tensor:
         """The flat tensor, with the values in it."""
         self.flat.untyped_storage().resize_(self._bytes)
-        if self._vectors and all(x.dtype == self.flat.dtype for x in values):
+        if self._vectors and {*map(_dtype, values)} <= {self.flat.dtype}:
             torch.cat(values, out=self.flat)  # has less to do per tensor
         else:
             foreach_copy(self.parts, values)

@@ -64,12 +64,13 @@ class PieceByPiece:
         mine = [place not in hyper and place[:-1] not in above and place[-1] in numbers for place in at]
         self.owners = [numbers[place[-1]] if own else None for place, own in zip(at, mine, strict=True)]
         self._pieces: tuple[Any, list[_Piece]] | None = None
+        self._made: dict[Any, Any] = {}  # transforms of the state's numbers, as long as these are the same
 
     def __call__(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], tensors: Sequence[Tensor], products: Sequence[Tensor]
     ) -> Writes:
         common: dict[Tensor, Tensor] = {}
-        with made_once():
+        with made_once(self._made):
             for writes, shared in self._steps(params, grads, tensors):
                 write([(old, new) for old, new in writes if old not in shared])
                 common |= {old: new for old, new in writes if old in shared}

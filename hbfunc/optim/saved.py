@@ -85,7 +85,7 @@ class Saved(UnitsOfGroups):
             if any(self.state.get(p) for p in group["params"]):
                 built = self._built(i, group, loaded=True)  # raises for a state that does not fit
                 # Which small leaves can be joined is known at the first step, when there are gradients.
-                self._units[i] = None if self.transform(group).elementwise else self._key(group), built
+                self._units[i] = None if self.transform(group).elementwise else self._key(i, group), built
                 self._forms[i] = forms_of(self.members(group))
 
     @torch.inference_mode(False)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ class StatefulOptimizer(Gradients, Averages, Saved):
         device differs from its parameter's, and for a hyperparameter out of range.
         """
         self._new = {}
-        kinds = {p.device.type for group in self.param_groups for p in group["params"] if not p.is_meta}
+        devices = {device for group in self.param_groups for device in map(_device, group["params"])}
+        kinds = {device.type for device in devices} - {"meta"}
         try:
             loss = self.evaluate(closure)
             in_own_precision(partial(self._advance_all, loss), kinds)
@@ -166,7 +168,8 @@ class StatefulOptimizer(Gradients, Averages, Saved):
             self._raise_nonfinite({p: p.grad for group in self.param_groups for p in group["params"]}, "the gradient")
         for i in [i for i in self._units if i >= len(self.param_groups)]:
             del self._units[i]
-            self._forms.pop(i, None)
+            for known in (self._forms, self._structures, self._turns):
+                known.pop(i, None)
         work = [(group, unit) for i, group in enumerate(self.param_groups) for unit in self._ready(i, group, *forms[i])]
         for group, unit in work:
             unit.write_hyper(partial(self.hyperparameter, group), self.check_hyperparameter)
@@ -221,6 +224,9 @@ class StatefulOptimizer(Gradients, Averages, Saved):
 
 
 utils.StatefulOptimizer = StatefulOptimizer
+
+
+_device = attrgetter("device")
 
 
 def _default_seed() -> int:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ class UnitsOfGroups(ParamGroups):
         self._watch = Watch()
         self._names_of: dict[Tensor, set[str]] = {}  # of the entries of a parameter that are its rule's
         self._apart: set[int] = set()  # groups whose small parameters do not always have gradients all at once
+        self._structures: dict[int, tuple[Any, ...]] = {}  # of the groups' options, and the options
+        self._turns: dict[int, tuple[Any, ...]] = {}  # of the groups' parameters, and where these are
 
     def _ready(self, index: int, group: dict[str, Any], forms: Forms, complete: bool) -> list[Unit]:
         """The units of a group that have a gradient, or whose transform is called at every step; made anew if options,
@@ -54,7 +57,7 @@ class UnitsOfGroups(ParamGroups):
             tx = units[0].transform if units else self.transform(group)
             if not tx.every_call:
                 return []
-        key = self._key(group)
+        key = self._key(index, group)
         new = set() if before and before[0] == key[0] else set(key[0]).difference(before[0] if before else ())
         if (
             before
@@ -72,15 +75,43 @@ class UnitsOfGroups(ParamGroups):
             self._apart.add(index)  # and for good
             units = self._replaced(index, group, units, unit)
         # New units have made states, and who has one is part of the key.
-        self._units[index], self._forms[index] = (key if units is kept else self._key(group), units), forms
+        self._units[index], self._forms[index] = (key if units is kept else self._key(index, group), units), forms
         return [unit for unit in units if unit.transform.every_call or unit.moves()]
 
-    def _key(self, group: dict[str, Any]) -> tuple[Any, ...]:
+    def _key(self, index: int, group: dict[str, Any]) -> tuple[Any, ...]:
         """A key of what the units of a group were made for: parameters, their number, and what shapes the graphs."""
         members = self.members(group)
-        shared = turns(members)
-        ids = tuple(map(id, members))
-        return ids, len(group["params"]), shared if any(shared) else (), group["nonfinite"], self.structure(group)
+        shared, structure = self._turns_of(index, members), self._structure_of(index, group)
+        return tuple(map(id, members)), len(group["params"]), shared, group["nonfinite"], structure
+
+    def _turns_of(self, index: int, members: list[Tensor]) -> tuple[int, ...]:
+        """`turns` of a group's parameters, anew only if they are elsewhere; empty if no two of them share memory."""
+        if {*map(type, members)} <= {Tensor, torch.nn.Parameter}:
+            where = list(map(Tensor.data_ptr, members)), list(map(_shape, members)), list(map(Tensor.stride, members))
+            known = self._turns.get(index)
+            if known is not None and known[0] == where:
+                return known[1]
+        else:
+            where = None
+        found = turns(members)
+        self._turns[index] = where, found if any(found) else ()
+        return self._turns[index][1]
+
+    def _structure_of(self, index: int, group: dict[str, Any]) -> tuple[Any, ...]:
+        """`structure` of a group, anew only if an option is another object: a float in place of another shapes nothing,
+        and what is in a list may have been changed."""
+        names, values = [*group], [*group.values(), *self.settings().values()]
+        known = self._structures.get(index)
+        if (
+            known is not None
+            and known[0] == names
+            and all(a is b or type(a) is type(b) is float for a, b in zip(known[1], values, strict=True))
+        ):
+            return known[2]
+        structure = self.structure(group)
+        if not any(type(v) is list for k, v in group.items() if k not in ("params", "param_names")):
+            self._structures[index] = names, values, structure
+        return structure
 
     def _may_join_later(self, group: dict[str, Any]) -> bool:
         """Whether a parameter's steps are the same in a unit made later. (Micro-batches are counted from the first.)"""
@@ -247,6 +278,9 @@ class UnitsOfGroups(ParamGroups):
 
 def forms_of(tensors: Sequence[Tensor]) -> Forms:
     return [x.dtype for x in tensors], [x.shape for x in tensors], [x.device for x in tensors]
+
+
+_shape = attrgetter("shape")
 
 
 def turns(params: Sequence[Tensor]) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hbfunc import utils
 from hbfunc.chainable.optimizers import BaseOpt
 from hbfunc.contract import Transform
 from hbfunc.forms import meant
@@ -121,8 +120,7 @@ class RecipeOptimizer(Averaging, BaseOpt):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """The arguments that the recipe takes from `hbfunc.utils`, with their present values."""
-        every = {"orthogonalizer": utils.zeroth_power_mode, "caution_scaling": utils.caution_scaling}
-        return {k: v for k, v in every.items() if k in cls.options_of_recipe}
+        return {k: v for k, v in super().settings().items() if k in cls.options_of_recipe}
 
     @classmethod
     def arguments(cls) -> Mapping[str, inspect.Parameter]:
