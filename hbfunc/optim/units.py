@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +86,10 @@ class UnitsOfGroups(ParamGroups):
     def _turns_of(self, index: int, members: list[Tensor]) -> tuple[int, ...]:
         """`turns` of a group's parameters, anew only if they are elsewhere; empty if no two of them share memory."""
         if {*map(type, members)} <= {Tensor, torch.nn.Parameter}:
-            where = list(map(Tensor.data_ptr, members)), list(map(_shape, members)), list(map(Tensor.stride, members))
+            # Other shapes are noticed by `_alike`; a thousand tuples would be work for the garbage collector.
+            dense = list(map(Tensor.is_contiguous, members))
+            strides = [] if all(dense) else [p.stride() for p, d in zip(members, dense, strict=True) if not d]
+            where = list(map(Tensor.data_ptr, members)), dense, strides
             known = self._turns.get(index)
             if known is not None and known[0] == where:
                 return known[1]
@@ -278,9 +280,6 @@ class UnitsOfGroups(ParamGroups):
 
 def forms_of(tensors: Sequence[Tensor]) -> Forms:
     return [x.dtype for x in tensors], [x.shape for x in tensors], [x.device for x in tensors]
-
-
-_shape = attrgetter("shape")
 
 
 def turns(params: Sequence[Tensor]) -> tuple[int, ...]:
