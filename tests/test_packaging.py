@@ -52,7 +52,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built):
     if listed.returncode == 0:
         assert {name for name in listed.stdout.splitlines() if (ROOT / name).exists()} <= names
     assert {name.split("/")[0] for name in names} == {"hbfunc"}
-    assert {Path(name).suffix for name in names} <= {".py", ".pyi", ".typed", ".md", ".png", ""}
+    assert {Path(name).suffix for name in names} <= {".py", ".pyi", ".typed", ".md", ".png", ".html", ""}
     (metadata,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA"))
     assert "Requires-Dist: torch>=2.11\n" in metadata
     assert "Author: " in metadata

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +20,8 @@ import hbfunc
 
 pytest.importorskip("material", reason="the extra docs")
 import pages  # the hook
+
+pytest_plugins = ("browsing",)
 
 ROOT = Path(__file__).parents[1]
 LOOKED_AT = ["index", "optimizers/soap", "migration", "side_by_side", "results", "reference/sweep"]
@@ -109,18 +110,6 @@ def address(site):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the extra docs")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 # What is wrong with a page: images that did not come, and what is wider than its place and cannot be scrolled.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hbfunc.sweep.page import page
 from hbfunc.tree import map_state
 
 Array = NDArray[Any]
@@ -159,7 +160,18 @@ class Results:
         string "inf" or "-inf"."""
         found = {"design": self.design, "steps": self.steps, "metrics": self.metrics, "diverged_at": self.diverged_at}
         found |= {} if self.stopped_at is None else {"stopped_at": self.stopped_at}
-        Path(path).write_text(json.dumps(found, default=_listed, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(found, default=listed, indent=1) + "\n", encoding="utf-8")
+
+    def html(
+        self, path: str | os.PathLike[str], metric: str = "loss", mode: str = "min", title: str = "Results of a sweep"
+    ) -> None:
+        """Write one page of HTML that needs nothing else: the curves, where a pointer shows the lane; parallel
+        coordinates of hyperparameters and last metrics; and a table that sorts.
+
+        metric, mode: what is drawn at first, and whether "min" or "max" is best. Of more than 200 recorded steps, 200
+        are drawn. Raises KeyError for an unknown metric, ValueError for another mode.
+        """
+        Path(path).write_text(page(self, metric, mode, title), encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Results:
@@ -264,8 +276,8 @@ def _is_nan(x: Any) -> bool:
     return isinstance(x, float) and math.isnan(x)
 
 
-def _listed(array: Array) -> Any:
-    """An array as lists that JSON has."""
+def listed(array: Array) -> Any:
+    """An array as lists that JSON has: NaN is null, an infinity the string "inf" or "-inf"."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, list):
