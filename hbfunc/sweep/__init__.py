@@ -20,6 +20,8 @@ from hbfunc.sweep.designs import Design, design, grid, log_uniform, product, sam
 from hbfunc.sweep.engine import init, vectorize
 from hbfunc.sweep.lane import Lane, Lanes, freeze, hyper, make_step, take, with_hyper
 from hbfunc.sweep.modules import Functional, dropout, functional, seeded
+from hbfunc.sweep.progress import Progress
+from hbfunc.sweep.ranks import Share
 from hbfunc.sweep.results import Best, Results, Spread
 from hbfunc.sweep.running import Event, run, stream
 from hbfunc.sweep.searching import Optuna, Proposer, halving, search
@@ -32,8 +34,10 @@ __all__ = [
     "Lane",
     "Lanes",
     "Optuna",
+    "Progress",
     "Proposer",
     "Results",
+    "Share",
     "Spread",
     "design",
     "dropout",

@@ -56,6 +56,8 @@ def _summary(results: Results, metric: str, order: Any) -> str:
     for what, at in (("diverged", results.diverged_at), ("were stopped", results.stopped_at)):
         if at is not None and (count := int((at >= 0).sum())):
             parts.append(f"{count} {what}")
+    if results.lost:
+        parts.append(f"{len(results.lost)} were lost")
     value = results.final(metric)[order[0]]
     if not np.isnan(value):
         parts.append(f"the best is lane {order[0]}, with {metric} {value:.4g}")

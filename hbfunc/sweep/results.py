@@ -55,6 +55,7 @@ class Results:
     diverged_at: [K], the step (from 1) at which loss or parameters were no longer finite; -1 for never.
     lanes: what was kept of the final lanes, params and buffers: trees of CPU tensors [K, ...].
     stopped_at: [K], the step after which a lane was stopped as others were better; -1 for those that were not.
+    lost: why there are no results of a lane, by lane: the rank that trained it has failed. Its metrics are NaN.
     """
 
     design: dict[str, Array]
@@ -63,6 +64,7 @@ class Results:
     diverged_at: Array
     lanes: dict[str, Any] = field(default_factory=dict)
     stopped_at: Array | None = None
+    lost: dict[int, str] = field(default_factory=dict)
 
     def final(self, metric: str = "loss") -> Array:
         """The last value of a metric, [K]; NaN for diverged lanes. Raises KeyError for an unknown metric."""
@@ -140,6 +142,9 @@ class Results:
             lines.append(f"{len(gone)} of {len(self.diverged_at)} lanes diverged, the first at step {first}")
         if self.stopped_at is not None and (stopped := int((self.stopped_at >= 0).sum())):
             lines.append(f"{stopped} of {len(self.diverged_at)} lanes were stopped, as others were better")
+        for reason in dict.fromkeys(self.lost.values()):
+            lanes = [lane for lane, why in self.lost.items() if why == reason]
+            lines.append(f"{len(lanes)} of {len(self.diverged_at)} lanes were lost: {reason}")
         return "\n".join(lines)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -158,8 +163,10 @@ class Results:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write design, steps, metrics at each of them and `diverged_at`, but no lanes. NaN is null, an infinity the
         string "inf" or "-inf"."""
-        found = {"design": self.design, "steps": self.steps, "metrics": self.metrics, "diverged_at": self.diverged_at}
+        found: dict[str, Any] = {"design": self.design, "steps": self.steps, "metrics": self.metrics}
+        found |= {"diverged_at": self.diverged_at}
         found |= {} if self.stopped_at is None else {"stopped_at": self.stopped_at}
+        found |= {"lost": self.lost} if self.lost else {}
         Path(path).write_text(json.dumps(found, default=listed, indent=1) + "\n", encoding="utf-8")
 
     def html(
@@ -181,7 +188,8 @@ class Results:
         metrics = {k: np.array(_numbers(x), dtype=np.float64) for k, x in found["metrics"].items()}
         steps, gone = (np.array(found[k], dtype=np.int64) for k in ("steps", "diverged_at"))
         stopped = np.array(found["stopped_at"], dtype=np.int64) if "stopped_at" in found else None
-        return cls(design, steps, metrics, gone, stopped_at=stopped)
+        lost = {int(lane): reason for lane, reason in found.get("lost", {}).items()}
+        return cls(design, steps, metrics, gone, stopped_at=stopped, lost=lost)
 
     def curves(self, metric: str = "loss", color: str | None = None, ax: Any = None, over: str | None = None) -> Any:
         """Draw a metric over the steps, a line per lane, and return the matplotlib Axes.

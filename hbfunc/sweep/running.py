@@ -1,8 +1,8 @@
-"""Running a sweep: a loop over chunks of lanes that fit memory, with events, a progress bar and results."""
+"""Running a sweep: a loop over chunks of lanes that fit memory, with events, checkpoints and results."""
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from hbfunc.internals import pytree
 from hbfunc.leaves import Tree
+from hbfunc.ranges import check_choice
 from hbfunc.sweep import designs, memory, saving
 from hbfunc.sweep.engine import check_batch, init, vectorize
 from hbfunc.sweep.lane import ENTRIES, Factory, Lane, Lanes, Metrics, Refresh, freeze, make_step, rows_taken
+from hbfunc.sweep.progress import Meter, Progress
+from hbfunc.sweep.ranks import ALL, Ranks, Share, rows_of
 from hbfunc.sweep.results import Array, Results
 
 
@@ -53,6 +56,7 @@ def stream(
     memory_bytes: int | None = None,
     tick: Callable[[int], object] = lambda lanes: None,
     after: Event | None = None,
+    share: Share = ALL,
 ) -> Generator[Event, None, None]:
     """Train the K lanes of `design`, and yield an Event after every `every` steps and the last, chunk after chunk.
 
@@ -67,76 +71,129 @@ def stream(
     tick: called after each step with its number of lanes.
     after: the event after which to go on, of the same sweep with the same `chunk`, which is then needed. Its lanes may
         be a list of their leaves.
+    share: which of the chunks to train, as one of several processes that have the same design and `chunk`.
 
     No autograd graph is kept from one step to the next, even for tensors that require grad. The lanes of an event are
     those being trained: read them, and copy them (`take`) to keep them.
 
     Raises ValueError for arguments out of range, TypeError for batches that cannot be read twice.
     """
-    design = designs.design(design)
-    k = designs.size(design)
-    steps = _steps(batches, steps)
+    training = _Training(
+        loss_fn,
+        tx,
+        params,
+        design,
+        batches,
+        steps,
+        buffers,
+        stacked,
+        needs,
+        curvature,
+        refresh,
+        evaluate,
+        every,
+        compile,
+        lane_batches,
+        memory_bytes,
+    )
     if after is not None and chunk is None:
         raise ValueError("chunk=None: expected the chunk of the sweep that `after` is of")
-    if every < 1 or (chunk is not None and chunk < 1):
-        raise ValueError(f"every={every}, chunk={chunk}: expected positive numbers")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected a positive number")
+    yield from training.events(training.fitting() if chunk is None else chunk, tick, after, share)
 
-    one_step = freeze(make_step(loss_fn, tx, needs, curvature=curvature))
-    step, plain = (vectorize(one_step, how, bool(lane_batches)) for how in (compile, False))
-    measure = torch.vmap(_evaluator(evaluate)) if evaluate else None
-    given = batches if callable(batches) else lambda t: batches[t - 1]
-    at = refresh or (lambda t: None)
 
-    def batch(t: int, rows: Tensor) -> Any:
+class _Training:
+    """What `stream` trains, with its arguments checked."""
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        tx: Factory,
+        params: Tree | Callable[[int], Tree],
+        design: Mapping[str, Any],
+        batches: Sequence[Any] | Callable[[int], Any],
+        steps: int | None = None,
+        buffers: Tree | None = None,
+        stacked: bool = False,
+        needs: Sequence[str] = (),
+        curvature: bool = False,
+        refresh: Callable[[int], Refresh] | None = None,
+        evaluate: Callable[[Lane], Metrics] | None = None,
+        every: int = 1,
+        compile: bool | str | Callable[..., Any] = False,
+        lane_batches: bool | None = None,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self.design = designs.design(design)
+        self.k = designs.size(self.design)
+        self.steps, self.every = _steps(batches, steps), every
+        if every < 1:
+            raise ValueError(f"every={every}: expected a positive number")
+        self.tx, self.params, self.buffers, self.stacked = tx, params, buffers, stacked
+        self.lane_batches, self.memory_bytes = lane_batches, memory_bytes
+        one_step = freeze(make_step(loss_fn, tx, needs, curvature=curvature))
+        self.step, self.plain = (vectorize(one_step, how, bool(lane_batches)) for how in (compile, False))
+        self.measure = torch.vmap(_evaluator(evaluate)) if evaluate else None
+        self.given = batches if callable(batches) else lambda t: batches[t - 1]
+        self.at = refresh or (lambda t: None)
+
+    def batch(self, t: int, rows: Tensor) -> Any:
         """The batch of step t for these lanes."""
-        one = given(t)
-        check_batch(one, k, lane_batches)
-        if not lane_batches:
+        one = self.given(t)
+        check_batch(one, self.k, self.lane_batches)
+        if not self.lane_batches:
             return one
         return pytree.tree_map(lambda x: x[rows.to(x.device)] if isinstance(x, Tensor) else x, one)
 
-    def begin(rows: Tensor) -> Lanes:
-        part = {name: column[rows.to(column.device)] for name, column in design.items()}
-        mine = _rows(params, rows) if stacked else params
-        return init(tx, mine, part, _rows(buffers, rows) if stacked else buffers, stacked=stacked)
+    def begin(self, rows: Tensor) -> Lanes:
+        """These lanes, before their first step."""
+        part = {name: column[rows.to(column.device)] for name, column in self.design.items()}
+        mine = _rows(self.params, rows) if self.stacked else self.params
+        buffers = _rows(self.buffers, rows) if self.stacked else self.buffers
+        return init(self.tx, mine, part, buffers, stacked=self.stacked)
 
-    def bytes_held(lanes: int) -> int:
+    @torch.no_grad()
+    def fitting(self) -> int:
+        """The number of lanes to train at once."""
+        device = next(x.device for x in pytree.tree_leaves(self.begin(torch.zeros(1, dtype=torch.int64))["params"]))
+        budget = memory.available(device) // 2 if self.memory_bytes is None else self.memory_bytes
+        return memory.chunk_size(self.k, self._bytes_held(1), self._bytes_held(2), budget)
+
+    def _bytes_held(self, lanes: int) -> int:
         """Peak bytes of one step with this many lanes, over all refresh decisions of the first 100 steps."""
 
         def work(value: Refresh) -> None:
-            new, _ = plain(begun, batch(1, rows), refresh=value)
-            if measure is not None:
-                measure(new)
+            new, _ = self.plain(begun, self.batch(1, rows), refresh=value)
+            if self.measure is not None:
+                self.measure(new)
 
-        rows = torch.arange(lanes) % k
-        begun = begin(rows)
+        rows = torch.arange(lanes) % self.k
+        begun = self.begin(rows)
         lanes_bytes = sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(begun))
-        kinds = {at(t) for t in range(1, min(steps, 100) + 1)}
+        kinds = {self.at(t) for t in range(1, min(self.steps, 100) + 1)}
         return lanes_bytes + max(memory.peak_bytes(partial(work, kind)) for kind in kinds)
 
-    def fitting() -> int:
-        """The number of lanes to train at once."""
-        device = next(x.device for x in pytree.tree_leaves(begin(torch.zeros(1, dtype=torch.int64))["params"]))
-        budget = memory.available(device) // 2 if memory_bytes is None else memory_bytes
-        return memory.chunk_size(k, bytes_held(1), bytes_held(2), budget)
-
-    if chunk is None:
-        with torch.no_grad():
-            chunk = fitting()
-    for start in range(0 if after is None else after.start, k, chunk):
-        n = min(chunk, k - start)
-        rows = torch.arange(start, start + min(chunk, k)).clamp(max=k - 1)
-        lanes, done = begin(rows), 0
-        if after is not None and start == after.start:
-            lanes, done = saving.restored(lanes, pytree.tree_leaves(after.lanes)), after.step
-        for t in range(done + 1, steps + 1):
-            with torch.no_grad():  # of the steps together: each takes its own gradient
-                lanes, metrics = step(lanes, batch(t, rows), refresh=at(t))
-                if t % every == 0 or t == steps:
-                    metrics = {**metrics, **({} if measure is None else measure(lanes))}
-            tick(n)
-            if t % every == 0 or t == steps:
-                yield Event(start, t, {name: m[:n] for name, m in metrics.items()}, rows_taken(lanes, slice(n)))
+    def events(
+        self, chunk: int, tick: Callable[[int], object], after: Event | None, share: Share
+    ) -> Generator[Event, None, None]:
+        """See `stream`."""
+        k, steps = self.k, self.steps
+        for start in range(share.rank * chunk if after is None else after.start, k, share.of * chunk):
+            n = min(chunk, k - start)
+            rows = torch.arange(start, start + min(chunk, k)).clamp(max=k - 1)
+            lanes, done = self.begin(rows), 0
+            if after is not None and start == after.start:
+                lanes, done = saving.restored(lanes, pytree.tree_leaves(after.lanes)), after.step
+            for t in range(done + 1, steps + 1):
+                told = t % self.every == 0 or t == steps
+                with torch.no_grad():  # of the steps together: each takes its own gradient
+                    lanes, metrics = self.step(lanes, self.batch(t, rows), refresh=self.at(t))
+                    if told:
+                        metrics = {**metrics, **({} if self.measure is None else self.measure(lanes))}
+                tick(n)
+                if told:
+                    yield Event(start, t, {name: m[:n] for name, m in metrics.items()}, rows_taken(lanes, slice(n)))
 
 
 def run(
@@ -147,30 +204,40 @@ def run(
     batches: Sequence[Any] | Callable[[int], Any],
     *,
     keep: Sequence[str] = ("params", "buffers"),
-    progress: bool | None = None,
+    progress: bool | Callable[[Progress], object] | None = None,
+    metric: str = "loss",
+    mode: str = "min",
     save: str | os.PathLike[str] | None = None,
     save_every: int = 100,
     resume: bool = False,
+    distributed: bool = False,
     **options: Any,
 ) -> Results:
     """Train the K lanes of `design` to the end, and return the Results.
 
     keep: the entries of the lanes that the results keep, on the CPU.
-    progress: a tqdm bar; None shows one on a terminal if tqdm is installed.
+    progress: a tqdm bar with the rate, the time left and the best lane so far; None shows one on a terminal if tqdm is
+        installed. Or a function of a Progress, called at each event.
+    metric, mode: of the lane that progress calls the best, "min" or "max".
     save: a file for a checkpoint, written at the first event of every `save_every` steps of a chunk and at its end. A
         file that is there already is an error, unless resume=True, which goes on from it; so one command, with
         resume=True, may be killed and run again. The results are those of a run that was not stopped, bit for bit, if
         loss, optimizer, batches and machine are the same. It is of the same design, steps, `every` and `keep`.
-    options: the keywords of `stream`.
+    distributed: divide the chunks of lanes over the ranks of torch.distributed's default group, which all call with the
+        same arguments, each with tensors on its own device. All get all results, bit for bit those of one process with
+        the same `chunk`; by default as many lanes at once as fit on each rank, and no more than its share. A rank that
+        fails loses its lanes (`Results.lost`, and a warning). `save` then gets the rank's number at its end.
+    options: the keywords of `stream`, but for `tick`, `after` and `share`.
 
     Once trained, lanes are not lost for a report that fails: a bar that breaks, or a metric of changing shape, is left
     out with a warning. Raises ImportError when progress=True and tqdm is not installed, ValueError for an entry to keep
-    that lanes do not have and for a checkpoint of another sweep, FileExistsError for one that is in the way, and what
-    `stream` raises.
+    that lanes do not have and for a checkpoint of another sweep, KeyError for a metric that is not there,
+    FileExistsError for a checkpoint that is in the way, RuntimeError where there is no default group and on all ranks
+    if one cannot begin, and what `stream` raises.
     """
-    design = designs.design(design)
-    k = designs.size(design)
-    steps = _steps(batches, options.pop("steps", None))
+    check_choice("mode", mode, ("min", "max"))
+    if taken := {"tick", "after", "share"} & options.keys():
+        raise TypeError(f"{min(taken)}= is no option of run: see stream")
     if unknown := set(keep) - set(ENTRIES):
         raise ValueError(f"keep={min(unknown)!r}: expected some of {', '.join(map(repr, ENTRIES))}")
     if save_every < 1:
@@ -178,41 +245,116 @@ def run(
     if resume and save is None:
         raise ValueError("resume=True: expected save=, the file to go on from")
     path = None if save is None else Path(save)
-    plan = {"steps": steps, "every": options.get("every", 1), "keep": list(keep)}
-    record, begun, chunk, saved = saving.Record(), 0, None, 0
-    if path is not None and path.exists():
-        if not resume:
-            raise FileExistsError(f"save={str(path)!r} is there already: resume=True goes on from it, or delete it")
-        found = saving.read(path, design, plan)
-        record, chunk, saved = found.record, found.chunk, found.step
-        if options.setdefault("chunk", chunk) != chunk:
-            raise ValueError(f"{path} is of another sweep: chunk={chunk} there, and {options['chunk']} here")
-        options["after"] = Event(found.start, found.step, {}, {"leaves": found.lanes})
-        begun = found.start * steps + min(found.chunk, k - found.start) * found.step
-    with (
-        _Bar(progress, k * steps) as bar,
-        closing(stream(loss_fn, tx, params, design, batches, steps=steps, tick=bar.tick, **options)) as events,
-    ):
-        bar.tick(begun)
-        for event in events:
-            for name, m in event.metrics.items():
-                record.metrics.setdefault(event.step, {}).setdefault(name, []).append(as_array(m))
-            if event.step == steps:
-                mine = {name: event.lanes[name] for name in keep}
-                record.kept.append(pytree.tree_map(lambda x: x.detach().cpu(), mine))
-                record.diverged.append(event.lanes["diverged_at"].cpu())
-            if path is not None and (event.step == steps or event.step >= saved + save_every):
-                chunk = len(event.lanes["step"]) if chunk is None else chunk
-                leaves = pytree.tree_leaves(event.lanes)
-                saving.write(path, design, plan, saving.Checkpoint(event.start, event.step, chunk, leaves, record))
-                saved = 0 if event.step == steps else event.step
-    return Results(
-        design={name: column.cpu().numpy() for name, column in design.items()},
-        steps=torch.tensor(list(record.metrics)).numpy(),
-        metrics=_tables(list(record.metrics.values()), k),
-        diverged_at=torch.cat(record.diverged).numpy(),
-        lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *record.kept) if keep else {},
-    )
+    how: dict[str, Any] = {"keep": keep, "metric": metric, "mode": mode, "save_every": save_every, "resume": resume}
+    chunk = options.pop("chunk", None)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected a positive number")
+    make = partial(_Training, loss_fn, tx, params, design, batches, **options)
+    if not distributed:
+        return _Run(make(), chunk, path, **how).train(progress)
+    with Ranks.opened() as ranks:
+        if path is not None:
+            path = path.with_name(f"{path.name}.{ranks.share.rank}")
+
+        def begin() -> tuple[int, str]:
+            begun.append(_Run(make(), chunk, path, **how, share=ranks.share))
+            return begun[0].chunk, begun[0].fingerprint()
+
+        begun: list[_Run] = []
+        told = ranks.prepared(begin)
+        if any(mark != told[0][1] for _, mark in told):
+            raise ValueError("distributed=True: the ranks have different designs or steps, expected the same on all")
+        own = begun[0]
+        own.chunk = min(size for size, _ in told)
+        if ranks.share.rank and progress is None:
+            progress = False  # one bar is enough
+        k, events = own.training.k, own.recorded()
+        design = {name: column.cpu().numpy() for name, column in own.training.design.items()}
+        whole = Results(design, events, {}, np.full(k, -1))
+        return ranks.gathered(partial(own.train, progress), whole, own.chunk)
+
+
+class _Run:
+    """A sweep that `run` trains: what is recorded of it, and its checkpoint. It trains nothing before `train`."""
+
+    def __init__(
+        self,
+        training: _Training,
+        chunk: int | None,
+        path: Path | None,
+        *,
+        keep: Sequence[str],
+        metric: str,
+        mode: str,
+        save_every: int,
+        resume: bool,
+        share: Share = ALL,
+    ) -> None:
+        self.training, self.path, self.keep, self.save_every, self.share = training, path, keep, save_every, share
+        self.metric, self.mode = metric, mode
+        self.plan = {"steps": training.steps, "every": training.every, "keep": list(keep)}
+        if share.of > 1:
+            self.plan["ranks"] = share.of
+        self.record, self.begun, self.saved = saving.Record(), 0, 0
+        self.after: Event | None = None
+        if path is not None and path.exists():
+            if not resume:
+                raise FileExistsError(f"save={str(path)!r} is there already: resume=True goes on from it, or delete it")
+            found = saving.read(path, training.design, self.plan)
+            if chunk not in (None, found.chunk):
+                raise ValueError(f"{path} is of another sweep: chunk={found.chunk} there, and {chunk} here")
+            chunk, self.record, self.saved = found.chunk, found.record, found.step
+            self.after = Event(found.start, found.step, {}, {"leaves": found.lanes})
+            before = rows_of(share, found.start, found.chunk)
+            self.begun = len(before) * training.steps + min(found.chunk, training.k - found.start) * found.step
+        if chunk is None:
+            chunk = training.fitting()
+            if share.of > 1:
+                chunk = min(chunk, -(-training.k // share.of))
+        self.chunk = chunk
+
+    def fingerprint(self) -> str:
+        """Equal for sweeps of the same design and plan."""
+        columns = {name: column.cpu().numpy().tobytes().hex() for name, column in self.training.design.items()}
+        return hashlib.sha256(repr((columns, self.plan)).encode()).hexdigest()
+
+    def recorded(self) -> Array:
+        """The steps that are recorded."""
+        steps, every = self.training.steps, self.training.every
+        return np.array([t for t in range(1, steps + 1) if t % every == 0 or t == steps])
+
+    def train(self, progress: bool | Callable[[Progress], object] | None) -> Results:
+        """Train to the end, and return the results of this share of the lanes."""
+        training, record, chunk = self.training, self.record, self.chunk
+        steps, rows = training.steps, rows_of(self.share, training.k, chunk)
+        with (
+            Meter(progress, len(rows) * steps, self.begun, self.metric, self.mode) as meter,
+            closing(training.events(chunk, meter.tick, self.after, self.share)) as events,
+        ):
+            for event in events:
+                if self.metric not in event.metrics:
+                    raise KeyError(f"no metric {self.metric!r}: expected one of {', '.join(map(repr, event.metrics))}")
+                last = event.step == steps
+                arrays = {name: as_array(m) for name, m in event.metrics.items()}
+                for name, array in arrays.items():
+                    record.metrics.setdefault(event.step, {}).setdefault(name, []).append(array)
+                meter.seen(event.start, arrays[self.metric], last)
+                if last:
+                    mine = {name: event.lanes[name] for name in self.keep}
+                    record.kept.append(pytree.tree_map(lambda x: x.detach().cpu(), mine))
+                    record.diverged.append(event.lanes["diverged_at"].cpu())
+                if self.path is not None and (last or event.step >= self.saved + self.save_every):
+                    leaves = pytree.tree_leaves(event.lanes)
+                    now = saving.Checkpoint(event.start, event.step, chunk, leaves, record)
+                    saving.write(self.path, training.design, self.plan, now)
+                    self.saved = 0 if last else event.step
+        return Results(
+            design={name: column[rows.to(column.device)].cpu().numpy() for name, column in training.design.items()},
+            steps=self.recorded(),
+            metrics=_tables(list(record.metrics.values()), len(rows)),
+            diverged_at=torch.cat([torch.arange(0), *record.diverged]).numpy(),
+            lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *record.kept) if self.keep and record.kept else {},
+        )
 
 
 def as_array(x: Tensor) -> Array:
@@ -264,36 +406,3 @@ def _evaluator(evaluate: Callable[[Lane], Metrics]) -> Callable[[Lane], Metrics]
         return {name: torch.where(alive, m, torch.nan) for name, m in evaluate(lane).items()}
 
     return measure
-
-
-class _Bar:
-    """A tqdm bar, or none. When it fails (a terminal that went away, say), the training goes on without it."""
-
-    def __init__(self, progress: bool | None, total: int) -> None:
-        installed = importlib.util.find_spec("tqdm") is not None
-        if progress and not installed:
-            raise ImportError("progress=True needs tqdm: python -m pip install 'hbfunc[demo]'")
-        self.bar: Any = None
-        if installed and progress is not False:
-            from tqdm import tqdm
-
-            quiet = None if progress is None else False
-            self.bar = tqdm(total=total, unit="lane-step", dynamic_ncols=True, disable=quiet)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._try("close")
-
-    def tick(self, lanes: int) -> None:
-        """Move the bar on by a step of this many lanes."""
-        self._try("update", lanes)
-
-    def _try(self, what: str, *args: Any) -> None:
-        if self.bar is not None:
-            try:
-                getattr(self.bar, what)(*args)
-            except Exception as error:
-                self.bar = None
-                warnings.warn(f"no progress bar any more: {error!r}", stacklevel=4)

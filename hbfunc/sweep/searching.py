@@ -19,6 +19,7 @@ from hbfunc.leaves import Tree
 from hbfunc.ranges import check_choice, check_int
 from hbfunc.sweep import designs
 from hbfunc.sweep.lane import Factory, take
+from hbfunc.sweep.ranks import from_first
 from hbfunc.sweep.results import Array, Results
 from hbfunc.sweep.running import Event, as_array, run, stream
 
@@ -71,7 +72,8 @@ def search(
     **options: Any,
 ) -> Results:
     """Train `rounds` times the `lanes` configurations that the proposer asks for, telling it the last value of `metric`
-    of each after every round. Returns the Results of all lanes, in the order in which they were asked for.
+    of each after every round. Returns the Results of all lanes, in the order in which they were asked for. With
+    distributed=True the proposer of rank 0 is asked and told.
 
     Raises ValueError for numbers out of range and for configurations with different columns, KeyError for a metric that
     is not there, and what `run` raises, whose keywords the `options` are.
@@ -79,10 +81,14 @@ def search(
     check_int("lanes", lanes, 1)
     check_int("rounds", rounds, 1)
     found = []
+    asking = not options.get("distributed") or torch.distributed.get_rank() == 0
     for _ in range(rounds):
-        asked = [proposer.ask() for _ in range(lanes)]
-        found.append(run(loss_fn, tx, params, _design([_numbers(one) for one in asked]), batches, **options))
-        for one, value in zip(asked, found[-1].final(metric).tolist(), strict=True):
+        asked = [proposer.ask() for _ in range(lanes if asking else 0)]
+        rows = [dict(_numbers(one)) for one in asked]
+        if options.get("distributed"):
+            rows = from_first(rows)
+        found.append(run(loss_fn, tx, params, _design(rows), batches, metric=metric, **options))
+        for one, value in zip(asked, found[-1].final(metric).tolist() if asking else (), strict=True):
             proposer.tell(one, None if math.isnan(value) else value)
     return _joined(found)
 
@@ -110,6 +116,7 @@ def _joined(found: Sequence[Results]) -> Results:
         metrics={name: np.concatenate([r.metrics[name] for r in found], axis=1) for name in first.metrics},
         diverged_at=np.concatenate([r.diverged_at for r in found]),
         lanes=pytree.tree_map(lambda *xs: torch.cat(xs), *[r.lanes for r in found]) if first.lanes else {},
+        lost={i * len(first.diverged_at) + lane: why for i, r in enumerate(found) for lane, why in r.lost.items()},
     )
 
 
