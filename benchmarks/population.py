@@ -9,28 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import hbfunc
-from hbfunc import random, sweep
+from hbfunc import sweep
 from hbfunc.race.tasks import TASKS
-
-
-def evolve(lanes: sweep.Lanes, loss: Tensor, key: Tensor, names: Sequence[str]) -> sweep.Lanes:
-    """The lanes after selection by `loss` [K], lower is better and NaN the worst, and perturbation of `names`."""
-    ranked = loss.nan_to_num(nan=torch.inf).argsort(stable=True)
-    n = len(ranked) // 4
-    source = torch.arange(len(ranked), device=loss.device)
-    source[ranked[-n:].sort().values] = ranked[:n]
-    lanes = sweep.take(lanes, source)
-    changed = torch.zeros_like(loss, dtype=torch.bool)
-    changed[ranked[-n:]] = True
-    for name in names:
-        up = random.uniform(random.fold_in_name(key, name), loss.shape) < 0.5
-        factor = torch.where(changed, torch.where(up, 1.25, 0.8), 1.0)
-        lanes = sweep.with_hyper(lanes, **{name: sweep.hyper(lanes, name) * factor})
-    return lanes
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -48,19 +33,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return hbfunc.adamw(lr=lr, weight_decay=weight_decay)
 
     design = sweep.sample(args.lanes, lr=sweep.log_uniform(1e-5, 1e-1), weight_decay=sweep.log_uniform(1e-3, 1))
-    lanes = sweep.init(tx, task.initial(0), design)
-    step = sweep.make_step(lambda params, batch: task.loss(model, params, *batch), tx)
-    step = sweep.vectorize(sweep.freeze(step), compile=args.compile)
     draw = torch.Generator().manual_seed(0)
-    for t in range(1, args.steps + 1):
-        lanes, metrics = step(lanes, task.sample(draw, task.defaults.batch_size))
-        if t % args.every == 0 and t < args.steps:
-            lanes = evolve(lanes, metrics["loss"], random.fold_in(random.key(0), t), ["lr", "weight_decay"])
-            rates = sweep.hyper(lanes, "lr")
-            print(f"step {t:4}  loss {metrics['loss'].min():.3f}  lr {rates.min():.1e} to {rates.max():.1e}")
-    accuracy = torch.vmap(lambda params: task.score(model, params, *task.valid))(lanes["params"])
+    batches = [task.sample(draw, task.defaults.batch_size) for _ in range(args.steps)]
+    found = sweep.population(
+        lambda params, batch: task.loss(model, params, *batch),
+        tx,
+        task.initial(0),
+        design,
+        batches,
+        generation=args.every,
+        every=args.every,
+        compile=args.compile,
+        lane_batches=False,
+    )
+    rates = found.metrics["hyper.lr"]
+    for t, loss, lr in zip(found.steps, found.metrics["loss"], rates, strict=True):
+        print(f"step {t:4}  loss {np.nanmin(loss):.3f}  lr {lr.min():.1e} to {lr.max():.1e}")
+    accuracy = torch.vmap(lambda params: task.score(model, params, *task.valid))(found.lanes["params"])
     best = int(accuracy.nan_to_num().argmax())
-    result = {"accuracy": accuracy[best].item(), "lr": sweep.hyper(lanes, "lr")[best].item()}
+    result = {"accuracy": accuracy[best].item(), "lr": float(rates[-1, best])}
     print(f"best of {args.lanes}: accuracy {result['accuracy']:.3f}, learning rate at the end {result['lr']:.1e}")
     return result
 

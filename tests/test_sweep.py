@@ -678,14 +678,15 @@ def population(monkeypatch):
     return importlib.import_module("population")
 
 
-def test_population_copies_winners_and_perturbs_them(population):
+def test_population_copies_winners_and_perturbs_them():
     params, batches = network()
     counter = Counter()
     lanes = sweep.init(lr_only, params, sweep.sample(8, lr=sweep.log_uniform(1e-4, 1e-1)))
     step = sweep.vectorize(sweep.make_step(loss_fn, lr_only), compile=counter.compile)
     lanes, _ = step(lanes, batches[0])
     score = torch.tensor([5.0, 1.0, 7.0, 3.0, torch.nan, 2.0, 6.0, 4.0])
-    new = population.evolve(lanes, score, random.key(0), ["lr"])
+    new, parents = sweep.evolve(lanes, score, random.key(0), ["lr"])
+    assert parents.tolist() == [0, 1, 1, 3, 5, 5, 6, 7]
     # A quarter each: lanes 1 and 5 are the best; 2 and 4 (NaN) the worst, and become copies of them.
     before, after = sweep.hyper(lanes, "lr"), sweep.hyper(new, "lr")
     for lane in range(8):

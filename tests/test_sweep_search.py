@@ -131,7 +131,7 @@ def test_the_lanes_that_are_left_have_the_numbers_of_a_full_run() -> None:
     order = np.argsort(np.where(full.diverged_at < 0, full.metrics["loss"][1], np.inf))
     assert set(np.flatnonzero(found.stopped_at != 2)) - {4} == set(order[:4])
     assert found.best().lane in np.flatnonzero(found.stopped_at < 0)
-    assert "5 of 8 lanes were stopped, as others were better" in found.table()
+    assert "5 of 8 lanes were stopped early" in found.table()
 
 
 def test_lane_steps_are_few() -> None:

@@ -12,12 +12,18 @@ designs     which hyperparameters each lane gets
 modules     any nn.Module as a pure function, buffers and dropout included
 engine      one lane's step, the same for K lanes, and the loop around it
 memory      how many lanes fit
+ranks       the same over several processes
+data        batches of a lane's own: order, bootstrap, folds
 searching   rounds of proposals, and successive halving
+stopping    lanes that are good enough, or get no better
+evolving    population-based training
 results     arrays, tables and pictures of what the lanes did
 """
 
+from hbfunc.sweep.data import LaneData
 from hbfunc.sweep.designs import Design, design, grid, log_uniform, product, sample, uniform, zipped
 from hbfunc.sweep.engine import init, vectorize
+from hbfunc.sweep.evolving import Generation, evolve, population
 from hbfunc.sweep.lane import Lane, Lanes, freeze, hyper, make_step, take, with_hyper
 from hbfunc.sweep.modules import Functional, dropout, functional, seeded
 from hbfunc.sweep.progress import Progress
@@ -25,13 +31,16 @@ from hbfunc.sweep.ranks import Share
 from hbfunc.sweep.results import Best, Results, Spread
 from hbfunc.sweep.running import Event, run, stream
 from hbfunc.sweep.searching import Optuna, Proposer, halving, search
+from hbfunc.sweep.stopping import early_stopping
 
 __all__ = [
     "Best",
     "Design",
     "Event",
     "Functional",
+    "Generation",
     "Lane",
+    "LaneData",
     "Lanes",
     "Optuna",
     "Progress",
@@ -41,6 +50,8 @@ __all__ = [
     "Spread",
     "design",
     "dropout",
+    "early_stopping",
+    "evolve",
     "freeze",
     "functional",
     "grid",
@@ -49,6 +60,7 @@ __all__ = [
     "init",
     "log_uniform",
     "make_step",
+    "population",
     "product",
     "run",
     "sample",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,12 @@ def with_hyper(lane: Lane, /, **values: Tensor | float) -> Lane:
 def take(lanes: Lanes, index: int | slice | Tensor) -> Lanes:
     """Copies of lanes by index: one lane for an int, lanes for a slice or an int64 [k]."""
     return pytree.tree_map(torch.clone, rows_taken(lanes, index))
+
+
+def check_keep(keep: Iterable[str]) -> None:
+    """Raise ValueError for an entry to keep that lanes do not have."""
+    if unknown := set(keep) - set(ENTRIES):
+        raise ValueError(f"keep={min(unknown)!r}: expected some of {', '.join(map(repr, ENTRIES))}")
 
 
 def rows_taken(lanes: Lanes, index: int | slice | Tensor) -> Lanes:

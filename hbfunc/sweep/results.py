@@ -54,7 +54,8 @@ class Results:
     metrics: "loss" and the others by name, [E, K]; NaN once a lane has diverged.
     diverged_at: [K], the step (from 1) at which loss or parameters were no longer finite; -1 for never.
     lanes: what was kept of the final lanes, params and buffers: trees of CPU tensors [K, ...].
-    stopped_at: [K], the step after which a lane was stopped as others were better; -1 for those that were not.
+    stopped_at: [K], the step after which a lane was stopped, by `halving` or `early_stopping`; -1 for those that were
+        not.
     lost: why there are no results of a lane, by lane: the rank that trained it has failed. Its metrics are NaN.
     """
 
@@ -141,7 +142,7 @@ class Results:
             first = self.diverged_at[gone].min()
             lines.append(f"{len(gone)} of {len(self.diverged_at)} lanes diverged, the first at step {first}")
         if self.stopped_at is not None and (stopped := int((self.stopped_at >= 0).sum())):
-            lines.append(f"{stopped} of {len(self.diverged_at)} lanes were stopped, as others were better")
+            lines.append(f"{stopped} of {len(self.diverged_at)} lanes were stopped early")
         for reason in dict.fromkeys(self.lost.values()):
             lanes = [lane for lane, why in self.lost.items() if why == reason]
             lines.append(f"{len(lanes)} of {len(self.diverged_at)} lanes were lost: {reason}")

@@ -20,7 +20,7 @@ from hbfunc.leaves import Tree
 from hbfunc.ranges import check_choice
 from hbfunc.sweep import designs, memory, saving
 from hbfunc.sweep.engine import check_batch, init, vectorize
-from hbfunc.sweep.lane import ENTRIES, Factory, Lane, Lanes, Metrics, Refresh, freeze, make_step, rows_taken
+from hbfunc.sweep.lane import Factory, Lane, Lanes, Metrics, Refresh, check_keep, freeze, make_step, rows_taken
 from hbfunc.sweep.progress import Meter, Progress
 from hbfunc.sweep.ranks import ALL, Ranks, Share, rows_of
 from hbfunc.sweep.results import Array, Results
@@ -78,7 +78,7 @@ def stream(
 
     Raises ValueError for arguments out of range, TypeError for batches that cannot be read twice.
     """
-    training = _Training(
+    training = Training(
         loss_fn,
         tx,
         params,
@@ -103,7 +103,7 @@ def stream(
     yield from training.events(training.fitting() if chunk is None else chunk, tick, after, share)
 
 
-class _Training:
+class Training:
     """What `stream` trains, with its arguments checked."""
 
     def __init__(
@@ -174,6 +174,14 @@ class _Training:
         kinds = {self.at(t) for t in range(1, min(self.steps, 100) + 1)}
         return lanes_bytes + max(memory.peak_bytes(partial(work, kind)) for kind in kinds)
 
+    @torch.no_grad()  # of the steps together: each takes its own gradient
+    def advance(self, lanes: Lanes, t: int, rows: Tensor) -> tuple[Lanes, Metrics | None]:
+        """These lanes after step t, and their metrics if the step is recorded."""
+        lanes, metrics = self.step(lanes, self.batch(t, rows), refresh=self.at(t))
+        if t % self.every and t < self.steps:
+            return lanes, None
+        return lanes, {**metrics, **({} if self.measure is None else self.measure(lanes))}
+
     def events(
         self, chunk: int, tick: Callable[[int], object], after: Event | None, share: Share
     ) -> Generator[Event, None, None]:
@@ -186,13 +194,9 @@ class _Training:
             if after is not None and start == after.start:
                 lanes, done = saving.restored(lanes, pytree.tree_leaves(after.lanes)), after.step
             for t in range(done + 1, steps + 1):
-                told = t % self.every == 0 or t == steps
-                with torch.no_grad():  # of the steps together: each takes its own gradient
-                    lanes, metrics = self.step(lanes, self.batch(t, rows), refresh=self.at(t))
-                    if told:
-                        metrics = {**metrics, **({} if self.measure is None else self.measure(lanes))}
+                lanes, metrics = self.advance(lanes, t, rows)
                 tick(n)
-                if told:
+                if metrics is not None:
                     yield Event(start, t, {name: m[:n] for name, m in metrics.items()}, rows_taken(lanes, slice(n)))
 
 
@@ -238,8 +242,7 @@ def run(
     check_choice("mode", mode, ("min", "max"))
     if taken := {"tick", "after", "share"} & options.keys():
         raise TypeError(f"{min(taken)}= is no option of run: see stream")
-    if unknown := set(keep) - set(ENTRIES):
-        raise ValueError(f"keep={min(unknown)!r}: expected some of {', '.join(map(repr, ENTRIES))}")
+    check_keep(keep)
     if save_every < 1:
         raise ValueError(f"save_every={save_every}: expected a positive number")
     if resume and save is None:
@@ -249,7 +252,7 @@ def run(
     chunk = options.pop("chunk", None)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: expected a positive number")
-    make = partial(_Training, loss_fn, tx, params, design, batches, **options)
+    make = partial(Training, loss_fn, tx, params, design, batches, **options)
     if not distributed:
         return _Run(make(), chunk, path, **how).train(progress)
     with Ranks.opened() as ranks:
@@ -279,7 +282,7 @@ class _Run:
 
     def __init__(
         self,
-        training: _Training,
+        training: Training,
         chunk: int | None,
         path: Path | None,
         *,
