@@ -1,7 +1,8 @@
 """How long does it take until steps are as fast as they will be, and how many graphs are there?
 `python benchmarks/compile.py`
 
-first   Start-up is the time of the first four steps, which are all kinds of steps, less that of the four behind them.
+first   Start-up is the time of the first eight steps, which are all kinds of steps (PSGD's first without a fit may be
+        the fifth), less twice that of the four behind them.
         Each class, and HeavyBall's if it can be imported, takes them in a fresh process, with an empty cache of
         inductor's ("cold") and then, in another process, with that one ("warm"). Beside them the first call of
         `torch.compile(lambda x: x + 1)`, in fresh processes with the same kinds of cache. Imports of torch and of the
@@ -46,7 +47,7 @@ from torch._dynamo.utils import counters
 import hbfunc
 
 REFERENCE = "x + 1"
-STEPS = 4  # the first ones, which are all kinds of steps
+FIRST, LATER = 8, 4  # steps: the first ones, which are all kinds of steps, and those that they are compared with
 PEER = "HeavyBall "  # before the name of a class
 # The classes of a recipe's defaults, and PaLM's of the first order.
 USUAL = [name for name, cls in CLASSES.items() if name in FIRST_ORDER or cls.title == cls.recipe.__name__]
@@ -81,7 +82,7 @@ def timed(fn: Callable[[], Any], where: torch.device) -> dict[str, float]:
 
 
 def first_steps(row: str, shapes: Sequence[Shape], where: torch.device) -> list[dict[str, float]]:
-    """Seconds of each of the first steps of a class in this process, and of as many more, or of the first call of the
+    """Seconds of each of the first steps of a class in this process, and of some more, or of the first call of the
     reference."""
     if row == REFERENCE:
         x = torch.randn(1000, device=where)
@@ -91,7 +92,7 @@ def first_steps(row: str, shapes: Sequence[Shape], where: torch.device) -> list[
     gradients = tensors(shapes, where, 1e-2, 1)
     optimizer = _made(row, params)
     found = []
-    for _ in range(2 * STEPS):
+    for _ in range(FIRST + LATER):
         for p, g in zip(params, gradients, strict=True):
             p.grad = g.clone()
         found.append(timed(optimizer.step, where))
@@ -109,8 +110,9 @@ def _made(row: str, params: list[Any]) -> Any:
 
 
 def start_up(steps: Sequence[dict[str, float]], clock: str) -> float:
-    """Seconds of the first steps, less those of as many later ones; the reference has but one."""
-    return sum(s[clock] for s in steps[:STEPS]) - sum(s[clock] for s in steps[STEPS:])
+    """Seconds of the first steps, less what as many later ones take; the reference has but one."""
+    later = [s[clock] for s in steps[FIRST:]]
+    return sum(s[clock] for s in steps[:FIRST]) - sum(later) * FIRST / LATER
 
 
 def in_fresh_process(row: str, chosen: str, args: argparse.Namespace, cache: str) -> list[dict[str, float]]:

@@ -183,9 +183,9 @@ def test_graphs_are_counted(monkeypatch):
 
 def test_first_steps_and_their_table():
     steps = compiling.first_steps("RMSprop", TOY, CPU)
-    assert len(steps) == 2 * compiling.STEPS
+    assert len(steps) == compiling.FIRST + compiling.LATER
     steady = {"wall": 1.0, "cpu": 2.0}
-    assert compiling.start_up([{"wall": 9.0, "cpu": 7.0}, *[steady] * 7], "wall") == 8.0
+    assert compiling.start_up([{"wall": 9.0, "cpu": 7.0}, *[steady] * 11], "wall") == 8.0
     assert compiling.start_up([{"wall": 9.0, "cpu": 7.0}], "cpu") == 7.0
     assert all(s["wall"] > 0 and s["cpu"] >= 0 for s in steps)
     row = {f"{k}_{c}{x}": 2.0 for k in ("cold", "warm") for c in ("wall", "cpu") for x in ("", "_ratio")}
