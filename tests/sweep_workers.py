@@ -62,8 +62,8 @@ def told(work: Any) -> Any:
 class Random:
     """Proposes other numbers on each rank."""
 
-    def __init__(self) -> None:
-        self.generator, self.told = np.random.default_rng(dist.get_rank()), 0
+    def __init__(self, rank: int) -> None:
+        self.generator, self.told = np.random.default_rng(rank), 0
 
     def ask(self) -> dict[str, Any]:
         return {"lr": float(self.generator.uniform(0.01, 0.1)), "seed": int(self.generator.integers(100))}
@@ -97,7 +97,7 @@ def main(rank: int, folder: Path) -> None:
     seen["another design"] = told(
         lambda: sweep.run(loss, rule, START, {"lr": [0.1 + rank], "seed": [1]}, BATCHES, distributed=True)
     )
-    proposer = Random()
+    proposer = Random(rank)
     searched = sweep.search(
         loss, rule, START, proposer, BATCHES, lanes=5, rounds=2, distributed=True, chunk=2, progress=False
     )

@@ -105,6 +105,17 @@ def test_a_process_that_ends_loses_its_lanes(seen: list[dict[str, Any]], alone: 
 def test_without_a_group() -> None:
     with pytest.raises(RuntimeError, match=r"^distributed=True: expected torch\.distributed\.init_process_group"):
         workers.trained(distributed=True)
+    with pytest.raises(RuntimeError, match=r"^distributed=True: expected torch\.distributed\.init_process_group"):
+        sweep.search(
+            workers.loss,
+            workers.rule,
+            workers.START,
+            workers.Random(0),
+            workers.BATCHES,
+            lanes=2,
+            rounds=1,
+            distributed=True,
+        )
 
 
 @pytest.mark.parametrize(("k", "chunk", "count"), [(7, 2, 2), (7, 7, 3), (1, 1, 2), (8, 3, 1)])

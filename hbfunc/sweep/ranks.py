@@ -41,6 +41,13 @@ def rows_of(share: Share, k: int, chunk: int) -> Tensor:
     return torch.cat([torch.arange(0), *(torch.arange(start, min(start + chunk, k)) for start in starts)])
 
 
+def rank_here() -> int:
+    """The rank of this process. Raises RuntimeError if torch.distributed has no default group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("distributed=True: expected torch.distributed.init_process_group() to have been called")
+    return dist.get_rank()
+
+
 class Ranks:
     """The processes of torch.distributed's default group, for one sweep.
 
@@ -48,9 +55,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError("distributed=True: expected torch.distributed.init_process_group() to have been called")
-        self.share = Share(dist.get_rank(), dist.get_world_size())
+        self.share = Share(rank_here(), dist.get_world_size())
         self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     @classmethod

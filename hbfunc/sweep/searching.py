@@ -19,7 +19,7 @@ from hbfunc.leaves import Tree
 from hbfunc.ranges import check_choice, check_int
 from hbfunc.sweep import designs
 from hbfunc.sweep.lane import Factory, take
-from hbfunc.sweep.ranks import from_first
+from hbfunc.sweep.ranks import from_first, rank_here
 from hbfunc.sweep.results import Array, Results
 from hbfunc.sweep.running import Event, as_array, run, stream
 
@@ -81,7 +81,7 @@ def search(
     check_int("lanes", lanes, 1)
     check_int("rounds", rounds, 1)
     found = []
-    asking = not options.get("distributed") or torch.distributed.get_rank() == 0
+    asking = not options.get("distributed") or rank_here() == 0
     for _ in range(rounds):
         asked = [proposer.ask() for _ in range(lanes if asking else 0)]
         rows = [dict(_numbers(one)) for one in asked]
