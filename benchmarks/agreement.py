@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import math
 import sys
 import warnings
@@ -161,6 +162,12 @@ PAIRS = [
         lambda m, ps: m.AdamWScheduleFree(ps, LR, BETAS, 1e-8, 0.1, foreach=False),
         "largest_rate=True, add_eps=True",
         rates=(1e-3, 3e-3, 1e-2, 3e-2),
+    ),
+    Pair(
+        "SFSGD",
+        "schedulefree",
+        lambda ps: hbfunc.SFSGD(ps, LR, 0.9, weight_decay=0.1),
+        lambda m, ps: m.SGDScheduleFree(ps, LR, 0.9, weight_decay=0.1, foreach=False),
     ),
     Pair(
         "Prodigy",
@@ -548,7 +555,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = device(args)
     path = results("agreement", args, where)
     both = args.trajectories == args.trainings
-    data: dict[str, Any] = {"facts": facts(where)}
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    data["facts"] = facts(where)
     if both or args.trajectories:
         data["trajectories"] = rows = trajectories(args.mistake)
         print(table_of_trajectories(rows), flush=True)

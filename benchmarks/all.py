@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from common import parser
 
-PROGRAMS = ("step", "compile", "memory", "sweep", "convergence", "maml", "search", "target", "robustness")
+PROGRAMS = ("step", "compile", "memory", "sweep", "convergence", "maml", "search", "text", "target", "robustness")
 # A matter of numbers and not of speed: the CPU is the place for small problems.
 ON_CPU = ("convergence", "maml", "search", "robustness")
 TIMED = ("target", "robustness")  # which take --minutes

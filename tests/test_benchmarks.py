@@ -20,6 +20,7 @@ import robustness
 import search
 import step
 import target
+import text
 import torch
 
 import hbfunc
@@ -353,3 +354,37 @@ def test_the_suite_on_a_gpu(monkeypatch):
         suite.main(["--programs", "step", "convergence"])
     assert ran[0][2:4] == ["--device", "cuda"]
     assert ran[1][2:4] == ["--device", "cpu"]
+
+
+# text
+
+
+def test_the_next_rates_are_those_beside_the_best():
+    def run(lr, final, **more):
+        return {"lr": lr, "final": final, **more}
+
+    assert text.wanted([], 3e-3) == [1e-3, 3e-3, 1e-2]
+    runs = [run(1e-3, 4.0), run(3e-3, 3.0), run(1e-2, 2.0)]
+    assert text.wanted(runs, 3e-3) == [3e-2]
+    assert text.wanted([*runs, run(3e-2, None)], 3e-3) == [1e-2]  # whose single scores are not known
+    known = [*runs[:2], run(1e-2, 2.0, finals=[1.0, 3.0]), run(3e-2, None)]
+    assert text.wanted(known, 3e-3) == []
+    row = text.table({"adamw": known}).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "`adamw`",
+        "0.01",
+        "2.00 \u00b1 1.41",
+        "3.00",
+        "diverged",
+    ]
+
+
+def test_text_goes_on_where_it_ended(tmp_path, capsys):
+    text.main(["--quick", "--optimizers", "sgd", "--out", str(tmp_path), "--start", "0.1"])
+    (path,) = tmp_path.glob("text-*.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [len(run["finals"]) for run in rows["sgd"]] == [3] * len(rows["sgd"])
+    assert "`sgd`" in capsys.readouterr().out
+    before = path.read_bytes()
+    text.main(["--quick", "--optimizers", "sgd", "--out", str(tmp_path)])
+    assert json.loads(path.read_bytes())["rows"] == json.loads(before)["rows"]

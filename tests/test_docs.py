@@ -8,8 +8,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import agreement
 import pytest
 import target
+import text
 import torch
 from tables import CLASSES
 
@@ -138,6 +140,17 @@ def test_choosing_says_what_was_measured():
     noisy = sorted((row["successes"], name) for name, row in known["noisy matmul"].items())
     assert noisy[-1] == (24, "sfadamw")
     assert noisy[-2][0] == 12
+
+
+def test_tables_of_the_benchmarks_are_their_results():
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+
+    def found(program):
+        (path,) = (ROOT / "benchmarks/results").glob(f"{program}-*-torch2.13.0.json")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    assert text.table(found("text")["rows"]) in page
+    assert agreement.table_of_trajectories(found("agreement")["trajectories"]) in page
 
 
 def test_the_readme_is_short():

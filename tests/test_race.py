@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import math
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -175,7 +176,8 @@ def test_summary_of_accuracies():
     task = SimpleNamespace(fraction=True, better=TASKS["digits"](CPU).better)
     curves = fake([[0.5, 0.6, math.nan], [0.8, 0.95, math.nan], [0.9, 0.7, math.nan]])
     by_score = report.summarize(task, "a", [1.0, 2.0, 3.0], curves, 0.8)
-    assert by_score.run == (1.0, pytest.approx([0.5, 0.8, 0.9]), pytest.approx(0.9), pytest.approx(0.9), 20)
+    last = pytest.approx(0.9)
+    assert by_score.run == (1.0, pytest.approx([0.5, 0.8, 0.9]), last, last, 20, [last])
     assert by_score.at_edge
     by_steps = report.summarize(task, "a", [1.0, 2.0, 3.0], curves, 0.9, "steps")
     assert (by_steps.run.lr, by_steps.run.steps_to_target, by_steps.at_edge) == (2.0, 20, False)
@@ -196,6 +198,17 @@ def test_scores_are_means_over_initialisations(digits):
     result = report.summarize(digits, "a", [0.1, 0.2], Curves([10], scores, 1.0), 0.5)
     assert (result.run.lr, result.run.final, result.run.steps_to_target) == (0.1, 0.5, 10)
     assert math.isnan(result.runs[1].final)
+    assert result.run.finals == [0.25, 0.75]
+    assert result.run.spread == pytest.approx(math.sqrt(0.125))
+
+
+def test_the_table_has_the_spread_where_there_are_several(digits):
+    several = report.summarize(digits, "a", [0.1], Curves([10], torch.tensor([[[0.25, 0.75]]]), 1.0), 0.5)
+    header, _, row = report.table(digits, [several], 0.5).splitlines()
+    assert header.split()[3:6] == ["final", "sd", "best"]
+    assert row.split()[3:6] == ["50.00%", "35.36%", "50.00%"]
+    one = report.summarize(digits, "a", [0.1], fake([[0.5]]), 0.5)
+    assert "sd" not in report.table(digits, [one], 0.5).split()
 
 
 def test_ranking_puts_the_diverged_last(digits):
@@ -245,6 +258,7 @@ def test_main_end_to_end(tmp_path, capsys):
         chosen = next(r for r in result["runs"] if r["lr"] == result["best_lr"])
         assert row[:2] == [str(place), result["optimizer"]]
         assert row[3] == f"{chosen['final']:.2%}"
+        assert row[4] == f"{statistics.stdev(chosen['finals']):.2%}"
         assert chosen["scores"][-1] == chosen["final"] == result["final"]
         assert result["final"] == max(r["final"] for r in result["runs"])
 

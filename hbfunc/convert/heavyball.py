@@ -109,10 +109,11 @@ _OPTIONS = (
     *("beta2_scale", "r", "weight_lr_power", "nesterov", "shampoo_beta", "max_precond_dim", "merge_dims", "train_mode"),
     *("precondition_1d", "split", "max_size_triangular", "min_ndim_triangular", "memory_save_mode", "q_dtype"),
     *("momentum_into_precond_update", "store_triu_as_line", "delayed", "cached", "exp_avg_input"),
+    "cautious_weight_decay",
 )
 
 
-_DIFFERENT = ("ecc", "param_ecc", "cautious_weight_decay", "precond_grad_accum")
+_DIFFERENT = ("ecc", "param_ecc", "precond_grad_accum")
 
 
 def _options(index: int, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def _source(index: int, entries_of: Mapping[int, Entries]) -> Source:
                 raise ValueError(f"param_groups[{index}] has the state {foreign}, which has no counterpart")
             return source
     if names:
-        raise ValueError(f"param_groups[{index}] has the state {sorted(names)}, which no rule of hbfunc has")
+        raise ValueError(f"param_groups[{index}] has the state {sorted(names)}, which is that of no rule known here")
     return Source(adamw, None, {})
 
 

@@ -8,6 +8,7 @@ to the best score on the way, then to the fewest steps to the target. The optimi
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,13 +19,22 @@ Criterion = Literal["score", "steps"]
 
 
 class Run(NamedTuple):
-    """One optimizer at one learning rate: its scores, as means over the initializations, and what is read off them."""
+    """One optimizer at one learning rate: its scores, as means over the initializations, and what is read off them.
+
+    finals: the final score of each initialization, of which `final` is the mean.
+    """
 
     lr: float
     scores: list[float]
     final: float
     best: float
     steps_to_target: int | None
+    finals: list[float]
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the final scores over the initializations; None with one, or where one diverged."""
+        return statistics.stdev(self.finals) if len(self.finals) > 1 and math.isfinite(sum(self.finals)) else None
 
 
 class Result(NamedTuple):
@@ -56,7 +66,8 @@ def summarize(
         best = scores[0]
         for x in scores[1:]:
             best = x if task.better(x, best) else best
-        runs.append(Run(lr, scores, scores[-1], best, next(hits, None)))
+        finals = curves.scores[-1, i].double().tolist()
+        runs.append(Run(lr, scores, scores[-1], best, next(hits, None), finals))
     return Result(name, runs, min(range(len(runs)), key=lambda i: rank(task, runs[i], by)), curves.seconds)
 
 
@@ -79,13 +90,15 @@ def number(task: Task, x: float) -> str:
 
 def table(task: Task, ranked: list[Result], target: float) -> str:
     """The table of the results as text, one row per optimizer, the winner first."""
-    rows = [("", "optimizer", "best lr", "final", "best", f"steps to {number(task, target)}", "seconds")]
+    repeated = any(len(r.run.finals) > 1 for r in ranked)
+    header = ["", "optimizer", "best lr", "final", *["sd"] * repeated, "best"]
+    rows = [[*header, f"steps to {number(task, target)}", "seconds"]]
     for place, r in enumerate(ranked, 1):
         lr = f"{r.run.lr:.2g}" + ("*" if r.at_edge else " ")
         steps = "never" if r.run.steps_to_target is None else str(r.run.steps_to_target)
-        rows.append(
-            (str(place), r.name, lr, number(task, r.run.final), number(task, r.run.best), steps, f"{r.seconds:.1f}")
-        )
+        spread = "" if r.run.spread is None else number(task, r.run.spread)
+        final = [number(task, r.run.final), *[spread] * repeated]
+        rows.append([str(place), r.name, lr, *final, number(task, r.run.best), steps, f"{r.seconds:.1f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -145,6 +158,7 @@ def as_json(task: Task, ranked: list[Result], steps: list[int], target: float, s
             "final": plain(r.final),
             "best": plain(r.best),
             "steps_to_target": r.steps_to_target,
+            "finals": [plain(x) for x in r.finals],
             "scores": scores,
         }
 
