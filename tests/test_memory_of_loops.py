@@ -222,7 +222,7 @@ def test_a_progress_bar_that_breaks_stops_no_training(fails: str, monkeypatch: p
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = run(progress=True)
-    assert len([w for w in caught if "no progress bar any more" in str(w.message)]) == 1
+    assert len([w for w in caught if "no progress is shown any more" in str(w.message)]) == 1
     assert np.isfinite(results.final()).all()
 
 

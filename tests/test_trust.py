@@ -993,6 +993,15 @@ def full(*args: Any, **options: Any) -> Any:
     raise torch.OutOfMemoryError("out of memory")
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process that a script starts in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_a_step_writes_waits_for_its_end(monkeypatch):
     from hbfunc.optim import unit
 
@@ -1023,6 +1032,7 @@ def test_ctrl_c_while_a_step_writes_waits_for_its_end(monkeypatch):
         assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_does_not_wait_for_a_compilation():
     done = []
 
