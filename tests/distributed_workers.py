@@ -248,9 +248,8 @@ def check_placements(ranks):
 
 
 def check_options(ranks):
-    """Options that need a whole leaf, draws from a key, another unit for each leaf, or the average."""
-    mesh = ranks.meshes[2]
-    build = lambda m: sharded(m, mesh)  # noqa: E731
+    """Options that need a whole leaf, draws from a key, another unit for each leaf, or the average; on 2 ranks, and
+    norms on 4 too."""
 
     def evaluated(model, optimizer):
         optimizer.eval()
@@ -278,7 +277,15 @@ def check_options(ranks):
         "average of gpa": (primal_averages, {"after": evaluated}),
         "matrices to": (matrices, {}),
     }
-    return {name: ranks.compare(build, mesh, cls, **options) for name, (cls, options) in cases.items()}
+    norms = [name for name in cases if name.startswith(("norm", "hyperball"))]
+    result = {}
+    for n, some in ((2, cases), (WORLD, norms)):
+        mesh = ranks.meshes[n]
+        build = lambda m, mesh=mesh: sharded(m, mesh)  # noqa: E731
+        for name in some:
+            cls, options = cases[name]
+            result[name if n == 2 else f"{name} at {n}"] = ranks.compare(build, mesh, cls, **options)
+    return result
 
 
 def matrices(params, lr, seed):

@@ -101,16 +101,17 @@ def test_replicated_and_cut_along_any_dim(found):
 
 
 def test_options_that_need_whole_leaves_or_draws(found):
-    """Norms, keyed rounding of states and parameters, blocks, averages, a unit per leaf, rules that mix leaves."""
+    """Norms, on 4 ranks too; keyed rounding of states and parameters, blocks, averages, a unit per leaf, rules that
+    mix leaves."""
     checked = {k: v for k, v in result(found, "check_options").items() if not k.startswith("norm")}
-    assert len(checked) == 16
+    assert len(checked) == 18
     assert_same(checked, checked)
 
 
 def test_the_norm_of_all_gradients_is_that_of_all_shards(found):
-    """One sum over ranks, in another order than in one process."""
+    """One sum over 2 or 4 ranks, in another order than in one process."""
     checked = {k: v["error"] for k, v in result(found, "check_options").items() if k.startswith("norm")}
-    assert len(checked) == 2
+    assert len(checked) == 4
     assert all(error < 1e-6 for error in checked.values())
 
 
@@ -202,9 +203,10 @@ def test_everything_again_with_every_class(tmp_path):
     assert_same(checked, [f"{k} {at}" for k in CLASSES for at in ("at 1", "at 2", "at 3", "at 4", "of one process")])
     assert_same(result(found, "check_compiled"), ["ForeachAdamW", "ForeachMuon", "ForeachSOAP", "ForeachPSGDKron"])
     errors = result(found, "check_functional")
-    assert {k for k, e in errors.items() if e != (0.0, 0.0)} == {
-        f"{name} at {n}" for name in ("clipped", "hyperball") for n in (2, 4)
-    }
+    # Sums over shards, in another order: norms, and Prodigy's dot product with the way from the start.
+    summed = {f"{name} at {n}" for name in ("clipped", "hyperball", "prodigy") for n in (2, 4)}
+    assert {k for k, e in errors.items() if e != (0.0, 0.0)} == summed
+    assert all(max(errors[k]) < 1e-5 for k in summed)
     assert len(errors) == 2 * len(RECIPES) + 1
 
 
