@@ -91,6 +91,9 @@ def main(rank: int, folder: Path) -> None:
     path = folder / "sweep.pt"
     seen["stopped"] = told(lambda: run(failing(1, 12, stop), save=path, save_every=1))
     seen["resumed"] = told(lambda: run(failing(1, 0, stop), save=path, save_every=1, resume=True))
+    if rank == 1:  # which goes by the other's chunk, without a checkpoint of its own
+        (folder / "sweep.pt.1").unlink()
+    seen["resumed alone"] = told(lambda: run(failing(1, 0, stop), save=path, resume=True, chunk=None, memory_bytes=800))
     if rank == 0:
         (folder / "sweep.pt.0").unlink()
     seen["in the way"] = told(lambda: run(failing(1, 0, stop), save=path))

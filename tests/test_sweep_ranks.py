@@ -79,6 +79,7 @@ def test_what_a_failed_rank_has_saved_goes_on(seen: list[dict[str, Any]], alone:
     for rank in seen:
         assert sorted(rank["stopped"][5]) == [2, 3, 6]
         assert_same(rank["resumed"], alone)
+        assert_same(rank["resumed alone"], alone)
 
 
 def test_no_rank_begins_if_one_cannot(seen: list[dict[str, Any]]) -> None:

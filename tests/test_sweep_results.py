@@ -75,6 +75,15 @@ def test_the_table_of_groups(results: Results) -> None:
     assert results.table(over="seed", n=1).splitlines()[2] == "and 1 more groups: table(over='seed', n=2)"
 
 
+def test_lost_lanes_are_no_part_of_their_group(results: Results) -> None:
+    results.metrics["loss"][:, 3] = math.nan
+    results.lost = {3: "rank 1: its process has ended"}
+    found = results.spread("seed")
+    assert list(found.finished) == [3, 3]
+    assert found.mean[1] == 3.0  # of 2, 3 and 4
+    assert results.table(over="seed").splitlines()[-1] == "1 of 8 lanes were lost: rank 1: its process has ended"
+
+
 def test_a_csv_file_has_every_bit(results: Results, tmp_path: Path) -> None:
     path = tmp_path / "lanes.csv"
     results.to_csv(path)

@@ -105,7 +105,7 @@ class OwnedUnit(ShardedUnit):
             self.everyone[k] += k in present
 
     def squares(self, products: Sequence[Tensor] | None) -> dict[Any, Tensor]:
-        """As the base class, on all ranks, also where this one owns nothing."""
+        """Compute what the base class does, on all ranks, also where this one owns nothing."""
         if self.collected is None:
             present = self.with_gradient()
             moving = self.parameters if self.transform.every_call else present

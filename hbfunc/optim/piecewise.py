@@ -84,7 +84,7 @@ class PieceByPiece:
     def _steps(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], tensors: Sequence[Tensor]
     ) -> Iterator[tuple[Writes, set[Tensor]]]:
-        """Of each piece what is to be written, and the tensors that others want to see as they are."""
+        """Yield what is to be written of each piece, and the tensors that others want to see as they are."""
         given = dict(zip(self.present, grads, strict=True))
         for leaves, start, stop, step, numbers in self._planned(params, given, tensors):
             ps, gs, xs = [params[i] for i in leaves], [given[i] for i in leaves], [tensors[i] for i in numbers]

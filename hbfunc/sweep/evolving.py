@@ -17,7 +17,7 @@ from hbfunc.leaves import Tree
 from hbfunc.ranges import check_choice, check_int
 from hbfunc.sweep.lane import Factory, Lanes, check_keep, hyper, take, with_hyper
 from hbfunc.sweep.ranks import ALL
-from hbfunc.sweep.results import Results
+from hbfunc.sweep.results import Results, check_metric
 from hbfunc.sweep.running import Event, Training, as_array
 
 Bounds = Mapping[str, tuple[float, float]]
@@ -134,8 +134,7 @@ def population(
                     found |= {f"hyper.{name}": as_array(hyper(event.lanes, name)) for name in names}
                     recorded[t] = {**found, "parent": np.arange(k, dtype=np.float64)}
                 if selection:
-                    if metric not in event.metrics:
-                        raise KeyError(f"no metric {metric!r}: expected one of {', '.join(map(repr, event.metrics))}")
+                    check_metric(metric, event.metrics)
                     rules: dict[str, Any] = {"mode": mode, "quantile": quantile, "factors": factors, "bounds": bounds}
                     new = evolve(event.lanes, event.metrics[metric], random.fold_in(key, t), names, **rules)
                     recorded[t]["parent"] = as_array(new.parents).astype(np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,6 @@ _RECORDS = 200  # of a curve that are drawn: more are hardly seen, and make the 
 
 def page(results: Results, metric: str, mode: str, title: str) -> str:
     """The page of `Results.html`."""
-    # Here, and not above, since `results` imports this module.
-    from hbfunc.sweep.results import listed
-
     order = results.order(metric, mode)
     recorded = len(results.steps)
     drawn = np.unique(np.linspace(0, recorded - 1, min(recorded, _RECORDS)).round().astype(np.int64))
@@ -62,3 +60,14 @@ def _summary(results: Results, metric: str, order: Any) -> str:
     if not np.isnan(value):
         parts.append(f"the best is lane {order[0]}, with {metric} {value:.4g}")
     return "; ".join(parts) + "."
+
+
+def listed(array: Any) -> Any:
+    """An array as lists that JSON has: NaN is null, an infinity the string "inf" or "-inf"."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, list):
+            return [plain(y) for y in x]
+        return x if not isinstance(x, float) or math.isfinite(x) else None if math.isnan(x) else str(x)
+
+    return plain(np.asarray(array).tolist())

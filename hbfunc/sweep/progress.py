@@ -51,13 +51,8 @@ class Meter:
         installed = importlib.util.find_spec("tqdm") is not None
         if show is True and not installed:
             raise ImportError("progress=True needs tqdm: python -m pip install 'hbfunc[demo]'")
-        self.total, self.begun, self.done, self.metric, self.sign = (
-            total,
-            begun,
-            begun,
-            metric,
-            1 if mode == "min" else -1,
-        )
+        self.total, self.begun, self.done = total, begun, begun
+        self.metric, self.sign = metric, 1 if mode == "min" else -1
         self.tell = show if callable(show) else None
         self.bar: Any = None
         if installed and not callable(show) and show is not False:

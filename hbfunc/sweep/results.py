@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hbfunc.sweep.page import page
+from hbfunc.sweep.page import listed, page
 from hbfunc.tree import map_state
 
 Array = NDArray[Any]
@@ -32,8 +33,8 @@ class Spread(NamedTuple):
     """A metric over lanes that differ in one column only, such as the seed: G groups, from best to worst.
 
     design: the columns that a group shares, [G]. lanes: the indices of each group's lanes. finished: how many of them
-    did not diverge, [G]. mean, std: over these, [G] or [E, G]; std has the denominator finished - 1. low, high: the 95%
-    confidence interval of the mean by Student's t. NaN where there are too few lanes.
+    neither diverged nor were lost, [G]. mean, std: over these, [G] or [E, G]; std has the denominator finished - 1.
+    low, high: the 95% confidence interval of the mean by Student's t. NaN where there are too few lanes.
     """
 
     design: dict[str, Array]
@@ -69,8 +70,7 @@ class Results:
 
     def final(self, metric: str = "loss") -> Array:
         """The last value of a metric, [K]; NaN for diverged lanes. Raises KeyError for an unknown metric."""
-        if metric not in self.metrics:
-            raise KeyError(f"no metric {metric!r}: expected one of {', '.join(map(repr, self.metrics))}")
+        check_metric(metric, self.metrics)
         return np.where(self.diverged_at < 0, self.metrics[metric][-1], np.nan)
 
     def order(self, metric: str = "loss", mode: str = "min") -> Array:
@@ -98,6 +98,7 @@ class Results:
         self._column(over)
         columns = {name: column for name, column in self.design.items() if name != over}
         final, alive = self.final(metric), self.diverged_at < 0
+        alive[list(self.lost)] = False
         rows: dict[tuple[Any, ...], list[int]] = {}
         for lane in range(len(final)):
             rows.setdefault(tuple([column[lane] for column in columns.values()]), []).append(lane)
@@ -249,6 +250,12 @@ class Results:
         return self.design[name]
 
 
+def check_metric(metric: str, metrics: Iterable[str]) -> None:
+    """Raise KeyError for a metric that is none of these."""
+    if metric not in metrics:
+        raise KeyError(f"no metric {metric!r}: expected one of {', '.join(map(repr, metrics))}")
+
+
 def _interval(values: Array) -> tuple[float, float, float, float]:
     """Mean, standard deviation, and the 95% confidence interval of the mean; NaN where there are too few values."""
     n = len(values)
@@ -283,17 +290,6 @@ def student(freedom: int, level: float = 0.95) -> float:
 
 def _is_nan(x: Any) -> bool:
     return isinstance(x, float) and math.isnan(x)
-
-
-def listed(array: Array) -> Any:
-    """An array as lists that JSON has: NaN is null, an infinity the string "inf" or "-inf"."""
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, list):
-            return [plain(y) for y in x]
-        return x if not isinstance(x, float) or math.isfinite(x) else None if math.isnan(x) else str(x)
-
-    return plain(np.asarray(array).tolist())
 
 
 def _numbers(x: Any) -> Any:

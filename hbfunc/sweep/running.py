@@ -23,7 +23,7 @@ from hbfunc.sweep.engine import check_batch, init, vectorize
 from hbfunc.sweep.lane import Factory, Lane, Lanes, Metrics, Refresh, check_keep, freeze, make_step, rows_taken
 from hbfunc.sweep.progress import Meter, Progress
 from hbfunc.sweep.ranks import ALL, Ranks, Share, rows_of
-from hbfunc.sweep.results import Array, Results
+from hbfunc.sweep.results import Array, Results, check_metric
 
 
 class Event(NamedTuple):
@@ -98,8 +98,7 @@ def stream(
     )
     if after is not None and chunk is None:
         raise ValueError("chunk=None: expected the chunk of the sweep that `after` is of")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}: expected a positive number")
+    _check_chunk(chunk)
     yield from training.events(training.fitting() if chunk is None else chunk, tick, after, share)
 
 
@@ -250,8 +249,7 @@ def run(
     path = None if save is None else Path(save)
     how: dict[str, Any] = {"keep": keep, "metric": metric, "mode": mode, "save_every": save_every, "resume": resume}
     chunk = options.pop("chunk", None)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}: expected a positive number")
+    _check_chunk(chunk)
     make = partial(Training, loss_fn, tx, params, design, batches, **options)
     if not distributed:
         return _Run(make(), chunk, path, **how).train(progress)
@@ -259,16 +257,19 @@ def run(
         if path is not None:
             path = path.with_name(f"{path.name}.{ranks.share.rank}")
 
-        def begin() -> tuple[int, str]:
+        def begin() -> tuple[int, bool, str]:
             begun.append(_Run(make(), chunk, path, **how, share=ranks.share))
-            return begun[0].chunk, begun[0].fingerprint()
+            return begun[0].chunk, begun[0].after is not None, begun[0].fingerprint()
 
         begun: list[_Run] = []
         told = ranks.prepared(begin)
-        if any(mark != told[0][1] for _, mark in told):
+        if any(mark != told[0][2] for *_, mark in told):
             raise ValueError("distributed=True: the ranks have different designs or steps, expected the same on all")
+        resumed = {size for size, goes_on, _ in told if goes_on}
+        if len(resumed) > 1:
+            raise ValueError(f"save={str(save)!r}: the ranks' checkpoints have chunks of {sorted(resumed)}, not of one")
         own = begun[0]
-        own.chunk = min(size for size, _ in told)
+        own.chunk = min(resumed or {size for size, *_ in told})  # the others go by what a checkpoint was made with
         if ranks.share.rank and progress is None:
             progress = False  # one bar is enough
         k, events = own.training.k, own.recorded()
@@ -335,8 +336,7 @@ class _Run:
             closing(training.events(chunk, meter.tick, self.after, self.share)) as events,
         ):
             for event in events:
-                if self.metric not in event.metrics:
-                    raise KeyError(f"no metric {self.metric!r}: expected one of {', '.join(map(repr, event.metrics))}")
+                check_metric(self.metric, event.metrics)
                 last = event.step == steps
                 arrays = {name: as_array(m) for name, m in event.metrics.items()}
                 for name, array in arrays.items():
@@ -360,6 +360,11 @@ class _Run:
         )
 
 
+def _check_chunk(chunk: int | None) -> None:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected a positive number")
+
+
 def as_array(x: Tensor) -> Array:
     """A metric as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     x = x.detach().cpu()
@@ -367,7 +372,7 @@ def as_array(x: Tensor) -> Array:
 
 
 def _tables(events: list[dict[str, list[Array]]], k: int) -> dict[str, Array]:
-    """By metric, the table [E, K] of its values at all events; NaN where an event has none. A metric whose shape
+    """Make the table [E, K] of each metric at all events, by name; NaN where an event has none. A metric whose shape
     changes is left out with a warning: the training is done, and its other results are kept."""
     tables = {}
     for name in dict.fromkeys(name for event in events for name in event):

@@ -20,7 +20,7 @@ from hbfunc.ranges import check_choice, check_int
 from hbfunc.sweep import designs
 from hbfunc.sweep.lane import Factory, take
 from hbfunc.sweep.ranks import from_first, rank_here
-from hbfunc.sweep.results import Array, Results
+from hbfunc.sweep.results import Array, Results, check_metric
 from hbfunc.sweep.running import Event, as_array, run, stream
 
 
@@ -176,8 +176,7 @@ def halving(
         assert event is not None
         diverged = event.lanes["diverged_at"].cpu().numpy()
         gone[alive.numpy()] = diverged
-        if metric not in event.metrics:
-            raise KeyError(f"no metric {metric!r}: expected one of {', '.join(map(repr, event.metrics))}")
+        check_metric(metric, event.metrics)
         if stop != stops[-1]:
             final = np.where(diverged < 0, as_array(event.metrics[metric]), np.nan)
             order = np.argsort(final if mode == "min" else -final, kind="stable")

@@ -12,7 +12,7 @@ from hbfunc.internals import pytree
 from hbfunc.leaves import Tree
 from hbfunc.ranges import check_choice, check_int, check_number
 from hbfunc.sweep.lane import Factory, check_keep, rows_taken
-from hbfunc.sweep.results import Array, Results
+from hbfunc.sweep.results import Array, Results, check_metric
 from hbfunc.sweep.running import Training, as_array
 
 
@@ -66,8 +66,7 @@ def early_stopping(
         lanes, metrics = training.advance(lanes, t, rows)
         if metrics is None:
             continue
-        if metric not in metrics:
-            raise KeyError(f"no metric {metric!r}: expected one of {', '.join(map(repr, metrics))}")
+        check_metric(metric, metrics)
         numbers = rows.numpy()
         computed = active[numbers]  # others fill their place only
         moving = numbers[computed]

@@ -70,7 +70,7 @@ def form_of(state: State) -> dict[str, str]:
 
 
 def owned_entries(case: Case, state: State) -> dict[str, dict[str, Tensor]]:
-    """By parameter, the state entries that are its own: those under its path, and its rows of stacks."""
+    """Collect the state entries that are a parameter's own, by parameter: under its path, and its rows of stacks."""
     layout = {} if case.transform.layout is None else case.transform.layout(case.params)
     own: dict[str, dict[str, Tensor]] = {k: {} for k in case.params}
 

@@ -195,7 +195,7 @@ def in_eigenbases(
         return state
 
     def covariances(x: Tensor, s: Stacks, weight: Tensor, factored: Sequence[int]) -> Stacks:
-        """Those of one bucket, moved by the weight of x in them."""
+        """Covariances of one bucket, moved by the weight of x in them."""
         order = x.ndim - 1
         if kl_eps is None:
             new = {f"GG_{d}": bases.outer_product(x, d, order) for d in factored}
