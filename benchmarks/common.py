@@ -228,6 +228,15 @@ def save(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
+def earlier(path: Path, args: argparse.Namespace, **setting: Any) -> dict[str, Any]:
+    """The rows that earlier runs of the same setting left there; none with `--again`."""
+    if args.again or not path.exists():
+        return {}
+    left = json.loads(path.read_text(encoding="utf-8"))
+    same = all(left.get(key) == json.loads(json.dumps(value)) for key, value in setting.items())
+    return left["rows"] if same else {}
+
+
 def pyplot() -> Any:
     """matplotlib.pyplot, writing to files."""
     import matplotlib

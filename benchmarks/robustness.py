@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import device, facts, markdown, parser, pyplot, results, save
+from common import device, earlier, facts, markdown, parser, pyplot, results, save
 from convergence import (
     NEWTON,
     Params,
@@ -197,11 +197,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = device(args)
     lrs = spaced(1e-4, 1.0, 2 if args.quick else args.rates)
     limit, seeds = (20, 1) if args.quick else (args.steps, args.seeds)
-    rows: dict[str, dict[str, dict[str, list[bool]]]] = {f: {p: {} for p in FAMILIES[f]} for f in args.families}
-    found: dict[str, dict[str, Any]] = {}
     path = results("robustness", args, where)
+    setting = {"lrs": lrs, "seeds": seeds, "limit": limit, "families": args.families}
+    left = earlier(path, args, **setting)
+    rows: dict[str, dict[str, dict[str, list[bool]]]] = left or {f: {p: {} for p in FAMILIES[f]} for f in args.families}
+    done = [name for name in args.optimizers if all(name in row for family in rows.values() for row in family.values())]
+    found: dict[str, dict[str, Any]] = {name: counted(rows, name) for name in done}
     began = time.perf_counter()
-    for optimizer in args.optimizers:
+    for optimizer in [name for name in args.optimizers if name not in done]:
         if args.minutes and time.perf_counter() - began > 60 * args.minutes:
             print(f"{optimizer} and what follows: no time is left", flush=True)
             break
@@ -211,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found[optimizer] = counted(rows, optimizer)
         one = found[optimizer]
         print(f"{optimizer:14} {one['fixed']:3} {one['best']:3}  {time.perf_counter() - began:.0f} s", flush=True)
-        save(path, {**facts(where), "lrs": lrs, "seeds": seeds, "limit": limit, "found": found, "rows": rows})
+        save(path, {**facts(where), **setting, "found": found, "rows": rows})
     print("\n" + table(found))
     draw(found, path.with_suffix(".png"))
     print(f"\n{path}")
@@ -224,6 +227,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--rates", type=int, default=13, help="learning rates from 1e-4 to 1 (default: 13)")
     made.add_argument("--seeds", type=int, default=3, help="starting points per learning rate (default: 3)")
     made.add_argument("--steps", type=int, default=1000, help="(default: 1000; what is averaged needs its window)")
+    made.add_argument("--again", action="store_true", help="all of them, also those that the results file has")
     made.add_argument("--minutes", type=float, help="begin with no further optimizer after so many")
     return made.parse_args(argv)
 

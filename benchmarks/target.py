@@ -10,6 +10,9 @@ lanes of one sweep. The best cell by the final loss then trains from fresh seeds
 The target is what tuned AdamW ends at, on average over its seeds, times 1.01, or `--loss`. Reported are the final loss
 (mean and standard error), Welch's p against tuned AdamW, the first step at or below the target, and its wall-clock.
 `--minutes` chooses the number of steps, by a few that are timed before. Peers that are not installed are left out.
+Seconds are those of a lane: on the CPU processor time, so that other work on the machine does not count, and from the
+first evaluation on, so that compiling does not either. Contenders that an earlier run of the same size and steps has
+left in the results file are not trained again.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import BY_TITLE, device, facts, heavyball, markdown, parser, pyplot, results, save, schedulefree
+from common import BY_TITLE, device, earlier, facts, heavyball, markdown, parser, pyplot, results, save, schedulefree
 from torch import Tensor, nn
 
 import hbfunc
@@ -124,6 +127,16 @@ Lane = tuple[float, float, int]  # learning rate, weight decay, seed
 Contender = Callable[[Text, Sequence[Lane], int], Runs]
 
 
+def clock(where: torch.device) -> float:
+    """Seconds of this process' processor time, or on a GPU of the wall clock."""
+    return time.process_time() if where.type == "cpu" else time.perf_counter()
+
+
+def per_step(steps: Sequence[int], seconds: Sequence[float]) -> float:
+    """Seconds of a step, from the clock after these `steps`."""
+    return (seconds[-1] - seconds[0]) / max(1, steps[-1] - steps[0])
+
+
 def evaluations(steps: int) -> int:
     return max(1, steps // 40)
 
@@ -149,8 +162,8 @@ def ours(title: str) -> Contender:
         with torch.device("meta"):
             model = task.build()
         lr, decay, seed = zip(*lanes, strict=True)
-        began = time.perf_counter()
         found: dict[int, Tensor] = {}
+        seconds: list[float] = []
         events = sweep.stream(
             lambda params, batch: loss(model, params, batch),
             make,
@@ -166,8 +179,12 @@ def ours(title: str) -> Contender:
         )
         for event in events:
             found[event.step] = event.metrics["loss"].double().cpu()
-        seconds = (time.perf_counter() - began) / (steps * len(lanes))
-        return Runs(list(found), torch.stack(list(found.values())).T.tolist(), seconds)
+            seconds.append(clock(task.where))
+        return Runs(
+            list(found),
+            torch.stack(list(found.values())).T.tolist(),
+            per_step(list(found), seconds) / len(lanes),
+        )
 
     return run
 
@@ -179,13 +196,17 @@ def peer(build: Peer, cooldown: bool = True) -> Contender:
     """Optimizers of another library, one training after the other."""
 
     def run(task: Text, lanes: Sequence[Lane], steps: int) -> Runs:
-        curves, began = [], time.perf_counter()
+        curves, took = [], []
         for lr, decay, seed in lanes:
             model = task.build().to(task.where)
             model.load_state_dict(task.initial(seed), strict=False)
-            found = dict(_training(model, build(model, lr, decay, steps), task, steps, cooldown))
+            found, seconds = {}, []
+            for t, value in _training(model, build(model, lr, decay, steps), task, steps, cooldown):
+                found[t] = value
+                seconds.append(clock(task.where))
             curves.append(list(found.values()))
-        return Runs(list(found), curves, (time.perf_counter() - began) / (steps * len(lanes)))
+            took.append(per_step(list(found), seconds))
+        return Runs(list(found), curves, statistics.median(took))
 
     return run
 
@@ -382,11 +403,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = 2 if args.quick else args.seeds
     steps = 4 if args.quick else args.steps or affordable(chosen, task, seeds, args.minutes)
     print(f"{len(chosen)} contenders, {steps} steps each, {seeds} fresh seeds", flush=True)
-    rows: dict[str, dict[str, Any]] = {}
     path = results("target", args, where)
     about = {"size": size, "parameters": sum(p.numel() for p in task.build().parameters()), "limit": steps}
     about |= {"batch": task.batch_size, "context": CONTEXT, "held_out": task.valid_files}
+    rows = earlier(path, args, task=about)
     for name, (lr, contender) in chosen.items():
+        if name in rows:
+            continue
         began = time.perf_counter()
         try:
             rows[name] = measured(contender, task, lr, seeds, steps)
@@ -395,6 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             print(f"{name}: does not run here: {type(error).__name__}: {error}", flush=True)
             continue
+        rows = earlier(path, args, task=about) | rows  # another run may be writing
         found = judged(rows, args.loss)
         save(path, {**facts(where), "task": about, "found": found, "rows": rows})
         print(f"{name:24} {found[name]['mean']:.4f}  {time.perf_counter() - began:.0f} s", flush=True)
@@ -411,6 +435,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--seeds", type=int, default=8, help="fresh seeds (default: 8)")
     made.add_argument("--batch-size", type=int, default=8)
     made.add_argument("--loss", type=float, help="the target (default: 1.01 times what tuned adamw ends at)")
+    made.add_argument("--again", action="store_true", help="train all, also those that the results file has")
     made.add_argument("--optimizers", nargs="+", metavar="NAME", help="(default: all, and the peers)")
     return made.parse_args(argv)
 
