@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ def in_fresh_process(row: str, chosen: str, args: argparse.Namespace, cache: str
     return json.loads(out.splitlines()[-1])
 
 
-def first(args: argparse.Namespace) -> dict[str, Any]:
-    """By class: seconds of start-up, cold and warm, medians, and ratios to the reference."""
+def first(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """By class: seconds of start-up, cold and warm, medians, and ratios to the reference; as often as there is more."""
     peers = [PEER + row for row in args.classes if heavyball() is not None and classes()[row].theirs]
     found: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
     for turn in range(args.repeats):
@@ -137,6 +137,11 @@ def first(args: argparse.Namespace) -> dict[str, Any]:
                     found.setdefault(row, {}).setdefault(kind, []).append(steps)
                     listed = ", ".join(f"{s['wall']:.1f} ({s['cpu']:.1f} cpu)" for s in steps)
                     print(f"turn {turn + 1}  {row:24} {kind}: {listed} s", flush=True)
+            yield medians(found)
+
+
+def medians(found: dict[str, dict[str, list[list[dict[str, float]]]]]) -> dict[str, Any]:
+    """What `first` says of the times of each turn, by class and kind of cache."""
     rows: dict[str, Any] = {}
     for row, kinds in found.items():
         rows[row] = {}
@@ -216,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     save(path, data)
     print(table({}, counted), flush=True)
     if args.repeats:
-        data["first"] = first(args)
-        save(path, data)
+        for data["first"] in first(args):
+            save(path, data)
         draw(data["first"], path.with_suffix(".png"))
         print("\n" + table(data["first"], counted))
     print(f"\n{path}")

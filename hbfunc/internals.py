@@ -82,6 +82,7 @@ dynamo_config = _of("torch._dynamo", "config", SimpleNamespace(disable=False))
 TorchDynamoException = _of("torch._dynamo.exc", "TorchDynamoException", RuntimeError)
 BackendCompilerFailed = _of("torch._dynamo.exc", "BackendCompilerFailed", Exception)
 list_mode_options = _of("torch._inductor", "list_mode_options", lambda mode, dynamic: {})
+mark_static_address = _of("torch._dynamo", "mark_static_address", lambda x, guard: None)  # graphs are not captured
 nonstrict_trace = _of("torch._dynamo", "nonstrict_trace", lambda fn: fn)
 graph_counters = _of("torch._dynamo.utils", "counters", defaultdict(Counter))  # `hbfunc.testing` counts none
 

@@ -39,11 +39,14 @@ def called(schema: str, like: Callable[..., Sequence[Tensor]]) -> Callable[[Call
     For work that a compiler could only call in turn (decompositions, matrix products), so that tracing it and making
     code around it is time lost. schema: of the arguments, as `torch.library.define` has it. like: the function of the
     same arguments that gives tensors of the form of those that the function returns, which are new and contiguous.
+
+    CUDA graphs are captured before and behind such a call: whether a decomposition of CUDA's libraries may be captured
+    depends on the version and on the form of the matrices.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.strip("_")
-        _OPS.define(f"{name}{schema} -> Tensor[]")
+        _OPS.define(f"{name}{schema} -> Tensor[]", tags=(torch.Tag.cudagraph_unsafe,))
         _OPS.impl(name, lambda *args: list(function(*args)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"hbfunc::{name}", lambda *args: [_blank(x) for x in like(*args)], lib=_OPS)
         operation = getattr(torch.ops.hbfunc, name)

@@ -339,21 +339,38 @@ def test_the_suite_runs_where_there_is_no_gpu(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="no CUDA device"):
         memory.main(["--device", "cuda"])
     ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=0))
+    run = lambda command, timeout: ran.append((command, timeout)) or SimpleNamespace(returncode=0)  # noqa: E731
+    monkeypatch.setattr(subprocess, "run", run)
     suite.main(["--quick", "--out", str(tmp_path)])
     assert "no CUDA device on this machine" in capsys.readouterr().out
-    assert [Path(command[1]).stem for command in ran] == list(suite.PROGRAMS)
-    assert all(Path(command[1]).exists() and "cuda" not in command for command in ran)
+    assert [Path(command[1]).stem for command, _ in ran] == list(suite.PROGRAMS)
+    assert all(Path(command[1]).exists() and "cuda" not in command and limit is None for command, limit in ran)
 
 
-def test_the_suite_on_a_gpu(monkeypatch):
+def test_the_suite_on_a_gpu(monkeypatch, capsys):
+    """The tests first; what takes too long is ended, and what comes behind it runs; small problems are the CPU's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=1))
-    with pytest.raises(SystemExit, match="failed: step, convergence"):
-        suite.main(["--programs", "step", "convergence"])
-    assert ran[0][2:4] == ["--device", "cuda"]
-    assert ran[1][2:4] == ["--device", "cpu"]
+
+    def run(command, timeout):
+        ran.append((command, timeout))
+        if "step.py" in command[1]:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode="pytest" in command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit, match="failed: pytest"):
+        suite.main(["--device", "cuda"])
+    assert "ended after 8 minutes" in capsys.readouterr().out
+    assert ran[0][0][1:6] == ["-m", "pytest", "-q", "-m", "gpu"]
+    programs = [Path(command[1]).stem for command, _ in ran[1:]]
+    assert programs == ["step", "compile", "memory", "sweep", "text", "target"]
+    assert all(limit == 480 for _, limit in ran)
+    assert all(command[2:4] == ["--device", "cuda"] for command, _ in ran[1:])
+    assert ran[-1][0][-2:] == ["--minutes", "7"]
+    ran.clear()
+    suite.main(["--programs", "memory", "convergence", "--part", "1"])
+    assert [(command[3], limit) for command, limit in ran] == [("cuda", 60), ("cpu", 60)]
 
 
 # text

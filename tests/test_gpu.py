@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 import torch
 from tables import CLASSES, SHORT, TWINS
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import hbfunc
 from hbfunc import sweep, utils
@@ -159,6 +162,52 @@ def test_a_steady_step_does_not_wait_for_the_device(
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_class_shards_over_one_rank(tmp_path: Path, device: torch.device) -> None:
+    """FSDP2, whose parameters are DTensors on the device: the numbers of the plain model."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (1,))
+        for kind in (hbfunc.AdamW, hbfunc.Muon, hbfunc.SOAP):
+            plain = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)).to(device)
+            sharded = fully_shard(copy.deepcopy(plain), mesh=mesh)
+            data = drawn(1, torch.float32)["wide"].to(device)
+            for model in (plain, sharded):
+                optimizer = kind(model.parameters(), lr=0.01, seed=1)
+                for _ in range(3):
+                    model(data).square().sum().backward()
+                    optimizer.step()
+            for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
+                assert isinstance(q, DTensor)
+                assert torch.allclose(p, q.full_tensor(), rtol=1e-4, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", CLASSES, ids=SHORT.get)
+def test_a_steady_step_keeps_no_memory(name: str) -> None:
+    """And AdamW's takes less than the parameters' own."""
+    weights = [nn.Parameter(torch.randn(512, 512, device="cuda")) for _ in range(8)]
+    optimizer = CLASSES[name](weights, lr=1e-3, seed=1)
+    grads = [torch.randn_like(p) for p in weights]
+
+    def step() -> None:
+        for p, g in zip(weights, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    for _ in range(8):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    assert torch.cuda.memory_allocated() == before
+    if name == "ForeachAdamW":
+        assert torch.cuda.max_memory_allocated() - before < sum(p.nbytes for p in weights)
 
 
 @pytest.mark.parametrize("policy", ["skip", "skip_leaf", "raise"])

@@ -23,6 +23,7 @@ from hbfunc.internals import (
     current_dispatch_mode,
     dynamo_config,
     list_mode_options,
+    mark_static_address,
     source_of,
 )
 from hbfunc.leaves import Layout, Leaves, compute_dtype
@@ -134,13 +135,55 @@ def compiled(step: Step, mode: str | None, dynamic: bool | None, device: torch.d
         return step
     own = own_code(step, "step")
     options: dict[str, Any] = {"guard_filter_fn": partial(_filtered, made_here(step))}
+    keep = _staying if captured(mode, device) else _same
     if mode in _UNBUILT:
-        return torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options)
+        return keep(torch.compile(own, fullgraph=True, dynamic=dynamic, backend=mode, options=options))
     if choose("autotune", device) or not mode.startswith("max-autotune"):
         options |= list_mode_options(mode, dynamic)  # which is what `mode` means; both cannot be passed
     if device.type == "cpu" and streams:
         options["cpp.max_horizontal_fusion_size"] = max(1, _STREAMS // streams)
-    return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+    return keep(torch.compile(own, fullgraph=True, dynamic=dynamic, options=options))
+
+
+# CUDA graphs: a graph is captured with the addresses of its inputs. Torch copies an input to an address of its own, but
+# none that the graph writes: those have to be known to stay where they are, or nothing is captured.
+
+_CAPTURING = ("max-autotune", "reduce-overhead")
+_MARK = "_dynamo_static_input_type"  # what torch marks such a tensor with
+
+
+def _same(step: Step) -> Step:
+    return step
+
+
+def captured(mode: str | None, device: torch.device) -> bool:
+    """Whether steps compiled in this mode are captured as CUDA graphs."""
+    return mode in _CAPTURING and device.type != "cpu"
+
+
+def _staying(step: Step) -> Step:
+    """`step`, traced with the promise that parameters and state stay at their addresses. Should one of them be
+    elsewhere in a later step, torch captures anew."""
+    traced = False
+
+    def call(
+        params: Sequence[Tensor], grads: Sequence[Tensor], tensors: Sequence[Tensor], products: Sequence[Tensor]
+    ) -> Writes | None:
+        nonlocal traced
+        if traced:
+            return step(params, grads, tensors, products)
+        marked = [x for x in (*params, *tensors) if not hasattr(x, _MARK)]
+        for x in marked:
+            mark_static_address(x, guard=False)
+        try:
+            writes = step(params, grads, tensors, products)
+        finally:
+            for x in marked:  # what users see, copy and save has no attribute of torch's
+                x.__dict__.pop(_MARK, None)
+        traced = True
+        return writes
+
+    return call
 
 
 # A first step that says nothing for minutes looks like one that hangs.

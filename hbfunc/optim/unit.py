@@ -21,6 +21,7 @@ from hbfunc.optim.compiled import (
     Ready,
     Step,
     Writes,
+    captured,
     compiled,
     in_place_step,
     shared,
@@ -69,6 +70,7 @@ class Unit(UnitState):
         self.rule: Hashable | None = None  # equal for units of equal transforms, if that is known
         self.trusted = False  # all that the transform runs is of this library: it fails at the first step or never
         self.steps: dict[Any, Ready] = {}
+        self.captured = False  # whether the present step is a CUDA graph, whose inputs keep their memory
         self.varied = False  # sets of parameters with gradients are known to change
         self.patterns: set[Any] = set()  # sets of parameters with gradients that have a graph of their own
         self.masked = False  # whether others have had one with a mask
@@ -143,6 +145,7 @@ class Unit(UnitState):
                 del self.steps[next(iter(self.steps))]
             self.steps[key] = self._prepared(key, range(len(self.sources)) if masked else given)
         ready = self.steps[key]
+        self.captured = captured(mode, self.params[0].device)
         taken = partial(self._taken_all if masked else self._taken, given, products or ())
         if isinstance(ready.step, PieceByPiece):
             if not ready.tried:
@@ -288,7 +291,7 @@ class Unit(UnitState):
     def forget(self) -> None:
         """Free the tensors that a step or its rehearsal held."""
         self.pending = None
-        for join in self.joined:
+        for join in () if self.captured else self.joined:
             join.release()
 
     def abandon(self) -> None:

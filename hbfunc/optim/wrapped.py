@@ -92,8 +92,10 @@ class FromTransform(Averaging, WithCurvature):
         """The first state of a group's transform, for parameters called `names`."""
         named = zip(names, group["params"], strict=True)
         steppable = [(k, p) for k, p in named if p.requires_grad or p.is_floating_point()]
-        leaves = Leaves(sorted((k, local(self._leaf(p))) for k, p in steppable))  # of DTensors the shards
-        return self.transform(group).init(leaves)
+        leaves = {k: local(self._leaf(p)) for k, p in steppable}  # of DTensors the shards
+        # Without values, numbers of the state would have none either: they are those of small tensors in place.
+        leaves = {k: _small(p) if p.is_meta else p for k, p in leaves.items()}
+        return self.transform(group).init(Leaves(sorted(leaves.items())))
 
     def check_hyperparameter(self, name: str, value: Any) -> None:
         """Raise unless `value` is finite; the ranges are known to the transform alone."""
@@ -188,6 +190,11 @@ def _times(inner: Transform, lr: float | Tensor) -> Transform:
 def _lr_beside(hyper: dict[Place, Tensor]) -> dict[Place, Tensor]:
     """The hyperparameters in a state of `with_lr`, from those in the state of what it wraps."""
     return {("hyper", "lr"): torch.ones(()), **{("inner", *place): x for place, x in hyper.items()}}
+
+
+def _small(p: Tensor) -> Tensor:
+    """A tensor on the CPU with as many dims as p, each of at most two entries."""
+    return torch.zeros([min(n, 2) for n in p.shape], dtype=p.dtype)
 
 
 def _as_written(x: Tensor) -> float | int:
