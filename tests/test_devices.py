@@ -29,6 +29,27 @@ def test_the_table_is_the_only_place() -> None:
     assert all(choice.reason and choice.source for choice in CHOICES.values())
 
 
+def table_of_choices() -> str:
+    """As on the page about GPUs."""
+    lines = [f"| `{k}` | {_on_cpu(k)} | {_shown(x.other)} | {x.reason} | {x.source} |" for k, x in CHOICES.items()]
+    return "\n".join(["| choice | CPU | other devices | why | source |", "|---|---|---|---|---|", *lines])
+
+
+def _on_cpu(name: str) -> str:
+    # which of both it is depends on the CPU that runs the tests
+    return "float32, or bfloat16 with AMX" if name == "newton_schulz" else _shown(CHOICES[name].cpu)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value).removeprefix("torch.")
+
+
+def test_the_page_has_the_table() -> None:
+    assert table_of_choices() in (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+
+
 def test_choices() -> None:
     assert choose("soap_qr", torch.device("cpu")) == "householder"
     assert choose("soap_qr", torch.device("cuda", 1)) == "cholesky"

@@ -42,6 +42,21 @@ POLICIES = {
 UNDER_VMAP = {"mixed sub in transforms/schedule_free.update": "a Python number, of which vmap makes a tensor"}
 
 
+def rows_of(listed: dict[str, str]) -> str:
+    """As on the page about GPUs."""
+    kinds = {"made": "copy to the device", "read": "value for the host", "wait": "wait"}
+    lines = []
+    for contact, why in listed.items():
+        kind, op, place = contact.replace(" in ", " ").split(" ", 2)
+        lines.append(f"| {kinds[kind]} | `{op}` in `{place}` | {why} |")
+    return "\n".join(["| what | where | why |", "|---|---|---|", *lines])
+
+
+def test_the_page_has_the_contacts() -> None:
+    page = (HERE.parent / "hbfunc/docs/gpu.md").read_text(encoding="utf-8")
+    assert all(rows_of(listed) in page for listed in (ONCE, EVERY_STEP, POLICIES))
+
+
 def run(*parts: str) -> dict[str, Runs]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "simulated_runs.py"), *parts]
