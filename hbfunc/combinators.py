@@ -176,7 +176,19 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         schedule = make(hyper, **choices)[0].refreshes
         return None if schedule is None else schedule(inner)
 
+    def refreshed(state: State) -> State:
+        given, others, inner = split(state)
+        device = _device({}, state)
+        hyper = {k: tensor(v, Leaves(), device) if given.get(k) is None else given[k] for k, v in numbers.items()}
+        after = make(hyper, **choices)[0].refreshed
+        if after is None:
+            raise ValueError(f"{built.name}: with these numbers it does not tell a refresh from the rest of its step")
+        inner, others = _apart(after(inner))
+        return {"hyper": {k: given[k] for k in stored} | others, **inner}
+
     changes: dict[str, Any] = {} if built.refreshes is None else {"refreshes": refreshes}
+    if built.refreshed is not None:
+        changes["refreshed"] = refreshed
     if "lr" in stored:  # which is there for everybody to scale
         changes["needs"] = tuple(need for need in built.needs if need != "rate")
     return wrap(built, init, update, inside="", **changes)

@@ -87,6 +87,8 @@ class Transform(NamedTuple):
     refreshes: what `refresh=None` decides, known outside of the graph: state -> schedule, a function of a leaf's own
         step t. Of the state it reads keys and hyperparameters only, which may be CPU copies or Python numbers. None,
         or a schedule of None: nobody knows it but the graph.
+    refreshed: what refresh=True does beyond refresh=False where each leaf has a gradient: a function of the state that
+        the latter returns, so that a step needs no graph of its own for it. None: they are not to be parted.
     first_step_moves: whether the first step moves parameters; False for rules that gather statistics in it.
     steps: whether it makes directions, which are to be subtracted, into steps, which are to be added: a learning rate
         with its minus sign does. True, False, or a function of params that gives the paths of the leaves of which it
@@ -107,6 +109,7 @@ class Transform(NamedTuple):
     elementwise: bool = False
     leafwise: bool = False
     refreshes: Callable[[State], RefreshSchedule | None] | None = None
+    refreshed: Callable[[State], State] | None = None
     first_step_moves: bool = True
     steps: bool | Callable[[Flat], Collection[str]] = False
     rounding: Callable[[], Transform] | None = None
@@ -241,8 +244,7 @@ def transform(
             amiss = misfit(state, init(flat), None if layout is None else layout(flat))
             if amiss is not None:
                 raise ValueError(amiss)
-        more = extras.get("grads") or {}
-        taken = dict.fromkeys([*tensors(state), *flat.values(), *given.values(), *more.values()])
+        taken = dict.fromkeys([*tensors(state), *flat.values(), *given.values(), *(extras.get("grads") or {}).values()])
         return back(apart(updates, taken)), apart(new, taken)
 
     if not torch.compiler.is_compiling():
@@ -259,7 +261,7 @@ def wrap(
     inside: str = "inner",
     **changes: Any,
 ) -> Transform:
-    """A Transform around another: all that is true of `inner` stays true, but for the fields in `changes`.
+    """A Transform around another: all that is true of `inner` stays true, but for `refreshed` and what is in `changes`.
 
     inside: the key of inner's state in that of the new one, "" where they are the same dict.
     """
@@ -269,9 +271,8 @@ def wrap(
         fields["layout"] = lambda params: {inside: layout(params)}
     if inside and refreshes is not None:
         fields["refreshes"] = lambda state: refreshes(state[inside])
-    fields |= {"made": None, **changes}
-    known = (fields[k] for k in ("name", "needs", "layout", "elementwise"))
-    outer = transform(init, update, *known)
+    fields |= {"made": None, "refreshed": None, **changes}
+    outer = transform(init, update, *(fields[k] for k in ("name", "needs", "layout", "elementwise")))
     return Transform(**{**fields, "init": outer.init, "update": outer.update})
 
 
@@ -372,17 +373,21 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
     def layout(params: Flat) -> Layout:
         return {n: t.layout(params) for n, t in zip(names, transforms, strict=True) if t.layout is not None}
 
-    scheduled = [(n, t.refreshes) for n, t in zip(names, transforms, strict=True) if "refresh" in t.needs]
+    due = {n: (t.refreshes, t.refreshed) for n, t in zip(names, transforms, strict=True) if "refresh" in t.needs}
 
     def refreshes(state: State) -> RefreshSchedule | None:
-        return agreed([None if r is None else r(state.get(n, {})) for n, r in scheduled])
+        return agreed([None if r is None else r(state.get(n, {})) for n, (r, _) in due.items()])
+
+    def refreshed(state: State) -> State:
+        return {n: after(s) if (after := due.get(n, (None, None))[1]) else s for n, s in state.items()}
 
     elementwise = all(t.elementwise for t in transforms) and not twice
     leafwise = all(t.leafwise for t in transforms) and "total" not in twice
     stacked = any(t.layout for t in transforms)
     rounding = next((t.rounding for t in reversed(transforms) if t.rounding is not None), None)
     return transform(init, update, name, needs, layout if stacked else None, elementwise, leafwise)._replace(
-        refreshes=refreshes if scheduled else None,
+        refreshes=refreshes if due else None,
+        refreshed=refreshed if due and all(after for _, after in due.values()) else None,
         first_step_moves=all(t.first_step_moves for t in transforms),
         steps=_any_steps(transforms),
         rounding=rounding,
@@ -393,9 +398,7 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
 
 def made_steps(t: Transform, params: Flat) -> Collection[str]:
     """Paths of the leaves whose updates a transform makes into steps."""
-    if callable(t.steps):
-        return t.steps(params)
-    return params.keys() if t.steps else ()
+    return t.steps(params) if callable(t.steps) else params.keys() if t.steps else ()
 
 
 def _any_steps(transforms: Sequence[Transform]) -> bool | Callable[[Flat], Collection[str]]:

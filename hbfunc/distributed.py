@@ -78,7 +78,7 @@ def on_owners(inner: Transform, *, params: bool = True, grads: bool = True) -> T
         shards = {k: as_shard(moved[f"updates {k}"], leaves[k]) for k in updates}
         return shards, plan.state(after, state, moved, list(updates))
 
-    return wrap(inner, init, update, inside="")
+    return wrap(inner, init, update, inside="", refreshed=inner.refreshed)
 
 
 class _Plan:

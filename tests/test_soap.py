@@ -6,6 +6,7 @@ import io
 import math
 from functools import partial
 
+import conformance
 import numpy as np
 import oracles
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hbfunc
 from hbfunc.leaves import flat_params
+from hbfunc.testing.trees import gradients
 from hbfunc.transforms.soap import refresh_probability, refresh_schedule, scale_by_soap
 
 F64 = torch.float64
@@ -244,6 +246,56 @@ def test_every_form_of_refresh_gives_the_same_bits(name):
     lanes, known = (torch.vmap(partial(lane, refresh=r))(torch.tensor([0.9, 0.5], dtype=F64)) for r in (None, due))
     assert same(lanes, known)
     assert max((x[k][0] - y[k]).abs().max() for x, y in zip(lanes[0], decided[0], strict=True) for k in y) < 1e-13
+
+
+REFRESHED = [row for row in conformance.TABLE if row.case().transform.refreshed is not None]
+
+
+@pytest.mark.parametrize("row", REFRESHED, ids=lambda row: row.name)
+def test_a_refresh_behind_a_step_is_the_step_with_it(row):
+    """`Transform.refreshed`, in every recipe and option that has it."""
+    case = row.case()
+    state = case.transform.init(case.params)
+    for t, grads in enumerate(gradients(case, 5), 1):
+        step = partial(case.transform.update, state, grads, case.params, **case.extras(t))
+        if t == 1:
+            _, state = step(refresh="first")
+            continue
+        (updates, whole), (others, plain) = step(refresh=True), step(refresh=False)
+        state = case.transform.refreshed(plain)
+        assert same(flat_params(updates)[0], flat_params(others)[0])
+        assert same(whole, state)
+    assert not same(whole, plain)
+
+
+def test_rules_in_eigenbases_can_part_their_refresh():
+    assert {"soap", "soap-kl", "soap-laprop", "shampoo", "kl_shampoo"} <= {row.name for row in REFRESHED}
+
+
+def test_a_refresh_has_no_graph_of_its_own(monkeypatch):
+    """But where a leaf has no gradient, whose bases stay. The bits are the eager ones."""
+    from torch._dynamo.utils import counters
+
+    def trained(mode):
+        torch.compiler.reset()
+        counters.clear()
+        monkeypatch.setattr(hbfunc.utils, "compile_mode", mode)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in ((4, 6), (6, 4), (5,))]
+        optimizer, counts = hbfunc.SOAP(params, lr=0.01), []
+        for t in range(1, 11):
+            for p in params[t > 6 :]:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+            counts.append(counters["stats"]["unique_graphs"])
+        return params, [dict(optimizer.state[p]) for p in params], counts
+
+    params, state, counts = trained("aot_eager")
+    assert counts[5] == 1
+    assert counts[-1] <= 4
+    again, same_state, _ = trained(None)
+    assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True))
+    assert same(state, same_state)
 
 
 def test_compiled_lanes_decide_for_themselves():

@@ -50,6 +50,9 @@ class ShardedUnit(Unit):
         self.dicts = {k: d for k, (_, d) in dicts.items()}
         self._shown_at = {k: {n: (x, _address(x)) for n, x in entries.items()} for k, entries in self.entries.items()}
 
+    def parts_refresh(self) -> bool:
+        return False
+
     def intact(self, states: Sequence[Mapping[str, Any]]) -> bool:
         alive = set(map(id, states))
         return all(

@@ -34,7 +34,7 @@ from hbfunc.optim.interrupts import interruptible
 from hbfunc.optim.joined import Joined
 from hbfunc.optim.piecewise import PieceByPiece, fits
 from hbfunc.optim.unit_state import UnitState
-from hbfunc.tree import AUXILIARY, nested
+from hbfunc.tree import AUXILIARY, nested, places
 
 Taken = tuple[list[Tensor], list[Any], Sequence[Tensor]]  # parameters, gradients, products
 
@@ -117,12 +117,23 @@ class Unit(UnitState):
         """
         # What is done once in a parameter's life is not worth a graph: SOAP's first eigenvectors.
         mode = usable(utils.compile_mode if compile_step and refresh != "first" else None)
+        parted = refresh is True and mode is not None and self.parts_refresh()
         try:
-            self._step(refresh, products, mode, rehearse)
+            self._step(refresh and not parted, products, mode, rehearse)
         except Exception as error:
             if mode is None or not without_compiler(error):
                 raise
-            self._step(refresh, products, None, rehearse)  # a failed compilation has written nothing
+            return self._step(refresh, products, None, rehearse)  # a failed compilation has written nothing
+        if parted and not rehearse:
+            self._refresh()
+
+    def parts_refresh(self) -> bool:
+        """Whether this step may refresh behind a graph that does not, which spares a second graph."""
+        return self.transform.refreshed is not None and len(self.present()) == len(self.params)
+
+    def _refresh(self) -> None:
+        after = dict(places(self.transform.refreshed(nested(self.tensors, self.empty))))  # type: ignore[misc]
+        write([(old, after[k]) for k, old in self.tensors.items() if after.get(k, old) is not old])
 
     def _step(
         self, refresh: bool | str | None, products: Sequence[Tensor] | None, mode: str | None, rehearse: bool

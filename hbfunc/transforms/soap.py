@@ -266,8 +266,17 @@ def in_eigenbases(
         key = state.get("key")
         return refresh_schedule(frequency, use_precond_schedule, precond_scheduler, seed, key, refresh_phase)
 
-    needs = ("refresh",)
-    return matrix_rule(init, update, name, needs, layout, refreshes=refreshes, first_step_moves=False)
+    def refreshed(state: State) -> State:
+        kinds = [key for key, x in state.items() if isinstance(x, dict) and key != "count"]
+        names = dict.fromkeys(n for key in kinds for n in state[key])
+        stacks = {n: {key: state[key][n] for key in kinds if n in state[key]} for n in names}
+        new = {n: {**s, **again(s)} for n, s in stacks.items()}
+        return kept(state, **_put(state, new, dict.fromkeys(names)))
+
+    needs, moves = ("refresh",), False
+    return matrix_rule(
+        init, update, name, needs, layout, refreshes=refreshes, refreshed=refreshed, first_step_moves=moves
+    )
 
 
 def refresh_probability(t: Tensor, power: float = 1 / 3, base: float = 9) -> Tensor:
