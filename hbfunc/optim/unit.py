@@ -119,7 +119,7 @@ class Unit(UnitState):
         mode = usable(utils.compile_mode if compile_step and refresh != "first" else None)
         parted = refresh is True and mode is not None and self.parts_refresh()
         try:
-            self._step(refresh and not parted, products, mode, rehearse)
+            self._step(False if parted else refresh, products, mode, rehearse)
         except Exception as error:
             if mode is None or not without_compiler(error):
                 raise
