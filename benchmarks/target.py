@@ -5,8 +5,9 @@ them is held out. All contenders see the same batches in the same order, and sta
 learning rate rises over the first 5% of the steps, is constant, and falls linearly to 0 over the last 40%; those of
 Schedule-Free, whose average takes the place of a cooldown, stay constant.
 
-Each contender is tuned at an equal budget, a grid of learning rates around its default times two weight decays: the
-lanes of one sweep. The best cell by the final loss then trains from fresh seeds, which the tuning has not seen.
+Each contender is tuned over the same grid, four learning rates around its default times two weight decays, the lanes
+of one sweep; while the best rate is at the edge, one more is tried beyond it, up to three times. The best cell by the
+final loss then trains from fresh seeds, which the tuning has not seen.
 The target is what tuned AdamW ends at, on average over its seeds, times 1.01, or `--loss`. Reported are the final loss
 (mean and standard error), Welch's p against tuned AdamW, the first step at or below the target, and its wall-clock.
 `--minutes` chooses the number of steps, by a few that are timed before. Peers that are not installed are left out.
@@ -22,7 +23,7 @@ import math
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ SIZES = {  # width, layers, heads
 }
 FACTORS = (0.5, 2.0, 8.0, 32.0)  # of the default learning rate
 DECAYS = (0.0, 0.1)
+WIDER = 3  # times that the grid gets one more rate, as long as the best one is at its edge
 REFERENCE = "adamw"
 WARMUP, COOLDOWN = 0.05, 0.4
 FRESH = 1000  # the first of the seeds that the tuning has not seen
@@ -302,25 +304,39 @@ def contenders(names: Sequence[str] | None = None) -> dict[str, tuple[float, Con
 # Judging
 
 
-def measured(contender: Contender, task: Text, lr: float, seeds: int, steps: int) -> dict[str, Any]:
-    """Tune, then train from fresh seeds."""
-    grid = [(lr * f, decay, 0) for f in FACTORS for decay in DECAYS]
-    tuned = contender(task, grid, steps)
-    finals = [curve[-1] if math.isfinite(curve[-1]) else math.inf for curve in tuned.curves]
-    best = grid[finals.index(min(finals))]
-    runs = contender(task, [(best[0], best[1], FRESH + s) for s in range(seeds)], steps)
+def measured(
+    contender: Contender, task: Text, lr: float, seeds: int, steps: int, row: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Tune, then train from fresh seeds. row: what an earlier run measured, perhaps at the edge of its grid."""
+    tuned = {(lr, decay): final for lr, decay, final in row["tuning"]} if row else {}
+    wanted = [] if row else [lr * factor for factor in FACTORS]
+    for _ in range(1 + WIDER):
+        lanes = [(lr, decay, 0) for lr in wanted for decay in DECAYS]
+        finals = [curve[-1] for curve in contender(task, lanes, steps).curves] if lanes else []
+        tuned |= {lane[:2]: x if math.isfinite(x) else None for lane, x in zip(lanes, finals, strict=True)}
+        best = min(tuned, key=lambda cell: math.inf if tuned[cell] is None else tuned[cell])
+        wanted = beyond(best[0], {lr for lr, _ in tuned})
+        if not wanted:
+            break
+    if row and best == (row["lr"], row["weight_decay"]):
+        runs = Runs(row["steps"], row["curves"], row["seconds_per_step"])
+    else:
+        runs = contender(task, [(*best, FRESH + s) for s in range(seeds)], steps)
     return {
         "lr": best[0],
         "weight_decay": best[1],
-        "at_the_edge": best[0] in (grid[0][0], grid[-1][0]),
-        "tuning": [
-            [lr, decay, final if math.isfinite(final) else None]
-            for (lr, decay, _), final in zip(grid, finals, strict=True)
-        ],
+        "at_the_edge": bool(wanted),
+        "tuning": [[*cell, final] for cell, final in sorted(tuned.items())],
         "steps": runs.steps,
         "curves": runs.curves,
         "seconds_per_step": runs.seconds,
     }
+
+
+def beyond(lr: float, known: Collection[float]) -> list[float]:
+    """The rate to try next where the best one is at the edge of those known."""
+    ratio = FACTORS[1] / FACTORS[0]
+    return [lr / ratio] if lr == min(known) else [lr * ratio] if lr == max(known) else []
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float:
@@ -403,22 +419,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = 2 if args.quick else args.seeds
     steps = 4 if args.quick else args.steps or affordable(chosen, task, seeds, args.minutes)
     print(f"{len(chosen)} contenders, {steps} steps each, {seeds} fresh seeds", flush=True)
-    path = results("target", args, where)
+    path = results(f"target_{size}", args, where)
     about = {"size": size, "parameters": sum(p.numel() for p in task.build().parameters()), "limit": steps}
     about |= {"batch": task.batch_size, "context": CONTEXT, "held_out": task.valid_files}
     rows = earlier(path, args, task=about)
     for name, (lr, contender) in chosen.items():
-        if name in rows:
+        if name in rows and not rows[name]["at_the_edge"]:
             continue
         began = time.perf_counter()
         try:
-            rows[name] = measured(contender, task, lr, seeds, steps)
+            rows[name] = measured(contender, task, lr, seeds, steps, rows.get(name))
         except Exception as error:  # a peer that does not run here must not cost the others their numbers
             if name in BY_TITLE:
                 raise
             print(f"{name}: does not run here: {type(error).__name__}: {error}", flush=True)
             continue
-        rows = earlier(path, args, task=about) | rows  # another run may be writing
+        rows = (earlier(path, args, task=about) or rows) | {name: rows[name]}  # another run may be writing
         found = judged(rows, args.loss)
         save(path, {**facts(where), "task": about, "found": found, "rows": rows})
         print(f"{name:24} {found[name]['mean']:.4f}  {time.perf_counter() - began:.0f} s", flush=True)

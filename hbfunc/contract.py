@@ -379,15 +379,15 @@ def _chain(transforms: Sequence[Transform], name: str, parallel: bool = False) -
         return agreed([None if r is None else r(state.get(n, {})) for n, (r, _) in due.items()])
 
     def refreshed(state: State) -> State:
-        return {n: after(s) if (after := due.get(n, (None, None))[1]) else s for n, s in state.items()}
+        return {n: s if (after := due.get(n, (None, None))[1]) is None else after(s) for n, s in state.items()}
 
     elementwise = all(t.elementwise for t in transforms) and not twice
     leafwise = all(t.leafwise for t in transforms) and "total" not in twice
-    stacked = any(t.layout for t in transforms)
+    stacked = any(t.layout is not None for t in transforms)  # torch 2.11 traces no truth of functions
     rounding = next((t.rounding for t in reversed(transforms) if t.rounding is not None), None)
     return transform(init, update, name, needs, layout if stacked else None, elementwise, leafwise)._replace(
         refreshes=refreshes if due else None,
-        refreshed=refreshed if due and all(after for _, after in due.values()) else None,
+        refreshed=refreshed if due and all(after is not None for _, after in due.values()) else None,
         first_step_moves=all(t.first_step_moves for t in transforms),
         steps=_any_steps(transforms),
         rounding=rounding,

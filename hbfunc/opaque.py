@@ -32,6 +32,30 @@ torch.library.register_vmap(
 )
 
 
+def _views_under_vmap() -> bool:
+    try:
+        torch.vmap(lambda x: x.view(torch.int32))(torch.zeros(1, 1))
+    except RuntimeError:  # torch 2.11
+        return False
+    return True
+
+
+_VIEWS = _views_under_vmap()
+_OPS.define("reinterpret(Tensor x, ScalarType dtype) -> Tensor")
+_OPS.impl("reinterpret", lambda x, dtype: x.view(dtype).clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("hbfunc::reinterpret", lambda x, dtype: torch.empty_like(x, dtype=dtype), lib=_OPS)
+torch.library.register_vmap(
+    "hbfunc::reinterpret",
+    lambda info, in_dims, x, dtype: (torch.ops.hbfunc.reinterpret(x, dtype), in_dims[0]),
+    lib=_OPS,
+)
+
+
+def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of x as numbers of a dtype of the same size: x.view(dtype), also under torch.vmap."""
+    return x.view(dtype) if _VIEWS or not mapped() else torch.ops.hbfunc.reinterpret(x, dtype)
+
+
 def called(schema: str, like: Callable[..., Sequence[Tensor]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make of a function of lists of tensors and of options one that a compiled graph calls as it is, where no function
     transform is at work and nothing is to be differentiated.

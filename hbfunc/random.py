@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hbfunc.internals import dispatch_modes
+from hbfunc.opaque import reinterpret
 
 Word = Any  # an unsigned 32-bit word, [0, 2**32): a Python int or an int64 tensor
 
@@ -181,8 +182,8 @@ def round_with(x: Tensor, noise: Tensor, dtype: torch.dtype = torch.bfloat16) ->
     """`stochastic_round` with its random bits given: int32, in the shape of x, each in [0, 2**16)."""
     value = x.detach().to(torch.float32)
     # bfloat16 is the upper half of a float32: add noise to the lower half, let it carry, and cut it off.
-    carried = value.view(torch.int32) + noise
-    rounded = (carried & ~0xFFFF).view(torch.float32)
+    carried = reinterpret(value, torch.int32) + noise
+    rounded = reinterpret(carried & ~0xFFFF, torch.float32)
     below_max = value.abs() < torch.finfo(dtype).max  # False for NaN
     result = torch.where(below_max, rounded, value).to(dtype)
     if not torch.is_grad_enabled():

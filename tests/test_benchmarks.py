@@ -287,7 +287,7 @@ def test_ours_and_torchs_see_the_same_in_target():
 
 def test_target_writes_tables(tmp_path, capsys):
     target.main(["--quick", "--out", str(tmp_path), "--optimizers", "muon", "sfadamw", "schedulefree AdamW", "nobody"])
-    found = written(tmp_path, "target")["found"]
+    found = written(tmp_path, "target_toy")["found"]
     assert {"adamw", "muon", "sfadamw"} <= found.keys()
     assert "not here: nobody" in (told := capsys.readouterr().out)
     assert "| muon " in told

@@ -125,11 +125,12 @@ def test_where_to_start_says_what_the_classes_and_the_results_say():
 
 def test_choosing_says_what_was_measured():
     """Its table is that of the results, and so is every figure of the advice that is in the results' tables."""
-    (path,) = (ROOT / "benchmarks/results").glob("target-*-torch2.13.0.json")
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    judged = target.judged(rows)
     page = PAGES["choosing.md"].read_text(encoding="utf-8")
-    assert target.table(rows, judged) in page
+    for size in ("1M", "tiny"):
+        (path,) = (ROOT / "benchmarks/results").glob(f"target_{size}-*-torch2.13.0.json")
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        judged = target.judged(rows)
+        assert target.table(rows, judged) in page
     for name, steps in (("soap", 62), ("muon", 72)):
         assert round(judged[name]["steps_to_target"]) == steps
     assert (round(judged["sfadamw"]["mean"], 2), round(judged["adamw"]["mean"], 2)) == (2.64, 2.80)
@@ -151,6 +152,7 @@ def test_tables_of_the_benchmarks_are_their_results():
 
     assert text.table(found("text")["rows"]) in page
     assert agreement.table_of_trajectories(found("agreement")["trajectories"]) in page
+    assert agreement.table_of_trainings(found("agreement")["trainings"]) in page
 
 
 def test_the_readme_is_short():
