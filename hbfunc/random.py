@@ -59,6 +59,7 @@ def fold_in_name(key: Tensor, name: str) -> Tensor:
     return fold_in(key, hash_name(name))
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 traces no loop over bytes
 def hash_name(name: str) -> int:
     """32-bit FNV-1a of the UTF-8 bytes: folding in this number is folding in the name, where many are batched."""
     hashed = 0x811C9DC5

@@ -203,6 +203,7 @@ def test_an_example_lifted_under_vmap(name):
         assert same(run(torch.compile(mapped, fullgraph=True, backend="aot_eager"), lanes, states), expected)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="torch 2.11 traces no id() of a tensor, which lifting asks for")
 @pytest.mark.parametrize("name", ["momentum", "scale_by_learning_rate"])
 def test_lifting_inside_a_compiled_function(name):
     def step(lr, params, grads):
