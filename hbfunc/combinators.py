@@ -166,7 +166,8 @@ def with_hyperparameters(factory: Callable[..., Transform], /, **values: Any) ->
         hyper = {k: known[k] if k in known else tensor(v, params, device) for k, v in (numbers | written).items()}
         updates, inner = inner_of(hyper).update(inner, updates, params, **extras)
         inner, after = _apart(inner)
-        if after.keys() != others.keys() or (others and after is others):  # nobody has taken them for theirs
+        taken = torch.compiler.is_compiling() or not others or after is not others  # torch 2.11 traces no `is` of dicts
+        if after.keys() != others.keys() or not taken:
             raise ValueError(_other_numbers(built.name, state["hyper"], stored, choices))
         return updates, {"hyper": {k: hyper[k] for k in stored} | after, **inner}
 

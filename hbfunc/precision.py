@@ -144,7 +144,7 @@ def round_each(
     for k, x in xs.items():
         if k in own:
             bits = random.rounding_bits(own[k].to(x.device), x.shape)
-        rounded[k] = on_shards(random.round_with, x, bits[k in second])
+        rounded[k] = on_shards(random.round_with, x, bits[int(k in second)])
     return rounded
 
 

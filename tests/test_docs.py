@@ -6,6 +6,8 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import agreement
@@ -57,9 +59,10 @@ def test_the_python_of_a_page_runs(page, monkeypatch):
         lambda fn=None, *, fullgraph=False, **_: compiler(fn, fullgraph=fullgraph, backend="aot_eager"),
     )
     monkeypatch.setattr(hbfunc.utils, "compile_mode", hbfunc.utils.compile_mode)  # which a page may switch off
-    namespace: dict[str, object] = {"__name__": "page"}
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # torch 2.11 looks for names there
     for block in re.findall(r"```python\n(.*?)```", PAGES[page].read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(block, page, "exec"), namespace)
+        exec(compile(block, page, "exec"), vars(module))
 
 
 @pytest.mark.parametrize("page", PAGES)

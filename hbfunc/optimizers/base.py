@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hbfunc.chainable.optimizers import BaseOpt
@@ -67,7 +68,7 @@ class RecipeOptimizer(Averaging, BaseOpt):
             recipe = cls.recipe  # as an attribute
         if recipe is not None:
             cls.recipe = staticmethod(recipe)
-            cls.options_of_recipe = inspect.signature(recipe).parameters
+            cls.options_of_recipe = dict(inspect.signature(recipe).parameters)
             cls.title = recipe.__name__
             if "betas" in cls.options_of_recipe:
                 cls.number_of_betas = len(cls.options_of_recipe["betas"].default)
@@ -197,6 +198,7 @@ def _signature(cls: type[RecipeOptimizer]) -> inspect.Signature:
     return inspect.Signature([*places, *named, *_OWN])
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 does not trace the dict of a class
 def _has_attribute(cls: type, name: str) -> bool:
     """Whether a class attribute of that name is the default of an option."""
     return any(name in vars(base) for base in cls.__mro__ if issubclass(base, StatefulOptimizer))
