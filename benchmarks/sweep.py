@@ -6,6 +6,7 @@ that loop, timed in the same process, in turns, and the median over the turns; s
 
     versus   K lanes of adamw, compiled and eager, against K whole sequential trainings (for one K, by default 64)
     table    every recipe at every K, compiled (--eager: not), against the same loop
+    own      K lanes of a recipe, compiled and eager, against a loop over trainings with its own class (--own K)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import device, facts, parser, pyplot, results, save, synchronize
+from common import BY_TITLE, device, facts, parser, pyplot, results, save, synchronize
 from torch import Tensor
 
 import hbfunc
@@ -32,6 +33,9 @@ Factory = Callable[[Tensor], hbfunc.Transform]
 RECIPES: dict[str, tuple[Factory, RefreshSchedule | None]] = {
     name: (lambda lr, recipe=recipe: recipe(lr=lr), schedule(recipe())) for name, recipe in pipeline.RECIPES.items()
 }
+
+
+OWN = ("adamw", "muon", "soap", "psgd_kron")  # of which lanes are compared with loops of their own class
 
 
 class Digits:
@@ -55,19 +59,30 @@ class Digits:
             yield from self.batches
 
 
+class Loop:
+    """Ordinary trainings, one after the other."""
+
+    def __init__(self, digits: Digits, models: int, make: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
+        self.digits = digits
+        nets = [digits.task.build().to(digits.where) for _ in range(models)]
+        self.trainings = [(net, make(net.parameters(), **options)) for net in nets]
+
+    def advance(self, steps: int) -> float:
+        """Seconds per step of one training."""
+        synchronize(self.digits.where)
+        began = time.perf_counter()
+        for net, optimizer in self.trainings:
+            for (x, y), _ in zip(self.digits.each(), range(steps), strict=False):
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), y).backward()
+                optimizer.step()
+        synchronize(self.digits.where)
+        return (time.perf_counter() - began) / (len(self.trainings) * steps)
+
+
 def sequential(digits: Digits, models: int, steps: int) -> float:
     """Seconds per lane-step of `models` trainings with torch.optim.AdamW(fused=True), one after the other."""
-    nets = [digits.task.build().to(digits.where) for _ in range(models)]
-    optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True) for net in nets]
-    synchronize(digits.where)
-    began = time.perf_counter()
-    for net, optimizer in zip(nets, optimizers, strict=True):
-        for (x, y), _ in zip(digits.each(), range(steps), strict=False):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-    synchronize(digits.where)
-    return (time.perf_counter() - began) / (models * steps)
+    return Loop(digits, models, torch.optim.AdamW, lr=1e-3, fused=True).advance(steps)
 
 
 class Lanes:
@@ -126,6 +141,17 @@ def versus(digits: Digits, k: int, turns: int, compile: bool = True) -> dict[str
     return {"lanes": k, "first_steps_seconds": compiled.first_steps, "rows": in_turns(turns, work)}
 
 
+def own(digits: Digits, recipe: str, k: int, turns: int, compile: bool = True) -> dict[str, Any]:
+    """K lanes of a recipe against trainings with its class, all of which have made their first steps."""
+    torch.compiler.reset()
+    compiled, eager = Lanes(digits, recipe, k, compile), Lanes(digits, recipe, k, False)
+    loop = Loop(digits, 4, BY_TITLE[recipe])
+    loop.advance(8)
+    work = {"its class": lambda: loop.advance(50), "sweep, compiled": compiled.turn, "sweep, eager": eager.turn}
+    rows = in_turns(turns, work)
+    return {"recipe": recipe, "lanes": k, "first_steps_seconds": compiled.first_steps, "rows": rows}
+
+
 def table(digits: Digits, recipes: list[str], ks: list[int], turns: int, compile: bool) -> Iterator[dict[str, Any]]:
     """A row per recipe and K."""
     for recipe in recipes:
@@ -158,11 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--lanes", type=int, nargs="*", default=[1, 4, 16, 64, 256, 1024], help="of the table; none skips it")
     add("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     add("--versus", type=int, default=64, metavar="K", help="0 skips this part")
+    add("--own", type=int, default=64, metavar="K", help="of adamw, muon, soap and psgd_kron; 0 skips this part")
     add("--turns", type=int, default=9)
     add("--eager", action="store_true", help="do not compile for the table")
     args = made.parse_args(argv)
     if args.quick:
         args.lanes, args.recipes, args.versus, args.turns, args.eager = [2, 4], ["adamw", "soap"], 4, 3, True
+        args.own, hbfunc.utils.compile_mode = min(args.own, 2), None
     where = device(args)
     path = results("sweep", args, where)
     digits = Digits(where)
@@ -173,6 +201,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, row in data["versus"]["rows"].items():
             spread = f"({row['lowest']:.2f}, {row['highest']:.2f})"
             print(f"{name:30} {row['microseconds']:9.1f} us  {row['ratio']:6.2f}x  {spread}", flush=True)
+    data["own"] = []
+    for recipe in [name for name in OWN if args.own and name in args.recipes]:
+        row = own(digits, recipe, args.own, args.turns, not args.quick)
+        data["own"].append(row)
+        save(path, data)
+        cells = [f"{name} {x['microseconds']:.0f} us, {x['ratio']:.2f}x" for name, x in row["rows"].items()]
+        print(f"{recipe:12} {args.own:5}  {'; '.join(cells)}", flush=True)
     for row in table(digits, args.recipes, args.lanes, args.turns, not args.eager):
         data["table"].append(row)
         save(path, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -329,6 +330,23 @@ def test_robustness_writes_tables(tmp_path, capsys):
     robustness.main(["--quick", "--out", str(tmp_path), "--optimizers", "adamw", "muon", *families])
     assert written(tmp_path, "robustness")["found"]["muon"]["problems"] == 6
     assert "| muon " in capsys.readouterr().out
+
+
+# sweep
+
+
+def test_sweep_writes_tables(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hbfunc.utils, "compile_mode", None)
+    path = Path(suite.__file__).with_name("sweep.py")  # its name is that of a module of the library
+    spec = importlib.util.spec_from_file_location("sweep_benchmark", path)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    program.main(["--quick", "--out", str(tmp_path)])
+    found = written(tmp_path, "sweep")
+    assert {row["recipe"] for row in found["table"]} == {"adamw", "soap"}
+    assert [row["recipe"] for row in found["own"]] == ["adamw", "soap"]
+    assert all(set(row["rows"]) == {"its class", "sweep, compiled", "sweep, eager"} for row in found["own"])
+    assert "its class" in capsys.readouterr().out
 
 
 # the whole suite
