@@ -182,6 +182,7 @@ def test_functional_state_goes_through_checkpoints(found):
     assert checked == {f"{name} at {n}": (0.0, 0.0) for name in ("soap", "muon") for n in (1, 3, 4)}
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="torch 2.11 traces no question to a placement")
 def test_functional_updates_of_dtensors_compile_to_one_graph(found):
     assert result(found, "check_functional_compiled") == {"adamw": (0.0, 0.0), "muon": (0.0, 0.0)}
 
