@@ -12,6 +12,7 @@ from pathlib import Path
 
 import agreement
 import pytest
+import robustness
 import target
 import text
 import torch
@@ -156,6 +157,7 @@ def test_tables_of_the_benchmarks_are_their_results():
     assert text.table(found("text")["rows"]) in page
     assert agreement.table_of_trajectories(found("agreement")["trajectories"]) in page
     assert agreement.table_of_trainings(found("agreement")["trainings"]) in page
+    assert robustness.table(found("robustness")["found"]) in page
 
 
 def test_the_readme_is_short():
