@@ -608,6 +608,11 @@ KEPT = (
     "every_call",
     "decays",
 )
+# What holds another's state in its own knows nothing of a refresh behind the step, which then is a part of the step.
+UNPARTED = {
+    *("with_ema", "apply_if_finite", "apply_to_finite_leaves", "masked", "masked by a tree", "partition", "accumulate"),
+    *("freeze", "matrices_to", "with_presence", "with_storage, bfloat16", "class's factor"),
+}
 LOST: dict[str, dict[str, str]] = {
     "cautious, scaled": {"elementwise": "a count over the tensor"},
     "apply_if_finite": {"elementwise": "looks at all leaves", "leafwise": "looks at all leaves"},
@@ -651,7 +656,24 @@ PROBES: dict[str, Callable[[], Transform]] = {
 
 
 def test_every_field_of_a_transform_is_looked_at() -> None:
-    assert {*KEPT, "init", "update", "name", "made"} == set(Transform._fields)
+    assert {*KEPT, "init", "update", "name", "made", "refreshed"} == set(Transform._fields)
+
+
+@pytest.mark.parametrize("wrapper", ALL_WRAPPERS)
+def test_wrappers_part_a_refresh_from_the_step_or_lose_it(wrapper: str) -> None:
+    outer = ALL_WRAPPERS[wrapper](PROBES["refreshed"]())
+    assert (outer.refreshed is not None) == (wrapper not in UNPARTED)
+    if outer.refreshed is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    params = {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in SHAPES.items()}
+    draws = [{k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in params.items()} for _ in range(2)]
+    _, state = outer.update(outer.init(params), draws[0], params, refresh="first")
+    whole, plain = (outer.update(state, draws[1], params, refresh=refresh) for refresh in (True, False))
+    same_bits([whole[0]], [plain[0]])
+    one, two, three = (torch.utils._pytree.tree_leaves(s) for s in (whole[1], outer.refreshed(plain[1]), plain[1]))
+    assert all(map(torch.equal, one, two))
+    assert not all(map(torch.equal, one, three))
 
 
 def test_every_wrapper_is_looked_at() -> None:
