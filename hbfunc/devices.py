@@ -38,11 +38,19 @@ CHOICES: dict[str, Choice] = {
         "Fukaya et al. 2020, arXiv 1809.11085, section 5, for many-core machines; not measured here on a GPU",
     ),
     "triangular_block": Choice(
-        384,
+        192,
         384,
         "columns of a block in products with triangular factors: smaller ones save more multiplications, but are more "
-        "kernels to launch and to compile",
+        "kernels to launch and, where the graph does not call them, to compile",
         "benchmarks/results for CPUs; not measured on a GPU",
+    ),
+    "call_products": Choice(
+        True,
+        False,
+        "whether a compiled step calls the chains of matrix products of Muon and PSGD as they are: on CPUs they are "
+        "products and little else, and to compile around them is a minute or more of start-up; on GPUs compiling saves "
+        "launches and passes over memory, and CUDA graphs are captured",
+        "benchmarks/README.md, start-up, for CPUs; not measured on a GPU",
     ),
     "autotune": Choice(
         False,

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hbfunc.internals import interpreter
+from hbfunc.devices import choose
+from hbfunc.internals import dispatch_modes, interpreter
 
 
 @torch.compiler.assume_constant_result
 def mapped() -> bool:
     """Whether a function transform (`torch.vmap`, `torch.func.grad`, ...) is at work, also while tracing."""
     return interpreter() is not None
+
+
+def writable(x: Tensor, *others: Tensor) -> Tensor:
+    """x, to write values into that depend on `others`: x itself, or under a function transform a copy with the lanes of
+    all. For tensors that the caller has made, and needs no more as they were."""
+    if mapped():
+        for other in others:
+            x = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), other.flatten()[0], x)
+    return x
+
+
+def none_known(mask: Tensor) -> bool:
+    """Whether no element of mask is true, where the host can see that without waiting for a device; else False."""
+    if torch.compiler.is_compiling() or mapped() or dispatch_modes():
+        return False
+    return type(mask) is Tensor and mask.is_cpu and not mask.any()
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -56,16 +74,21 @@ def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.view(dtype) if _VIEWS or not mapped() else torch.ops.hbfunc.reinterpret(x, dtype)
 
 
-def called(schema: str, like: Callable[..., Sequence[Tensor]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def called(
+    schema: str, like: Callable[..., Sequence[Tensor]], choice: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make of a function of lists of tensors and of options one that a compiled graph calls as it is, where no function
     transform is at work and nothing is to be differentiated.
 
     For work that a compiler could only call in turn (decompositions, matrix products), so that tracing it and making
     code around it is time lost. schema: of the arguments, as `torch.library.define` has it. like: the function of the
     same arguments that gives tensors of the form of those that the function returns, which are new and contiguous.
+    choice: of `hbfunc.devices`, on which devices; by default on all.
 
     CUDA graphs are captured before and behind such a call: whether a decomposition of CUDA's libraries may be captured
     depends on the version and on the form of the matrices.
+
+    The function itself, which is never called but traced, is the result's `__wrapped__`.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,11 +98,14 @@ def called(schema: str, like: Callable[..., Sequence[Tensor]]) -> Callable[[Call
         torch.library.register_fake(f"hbfunc::{name}", lambda *args: [_blank(x) for x in like(*args)], lib=_OPS)
         operation = getattr(torch.ops.hbfunc, name)
 
+        @wraps(function)
         def call(*args: Any) -> Any:
             if not torch.compiler.is_compiling() or mapped():
                 return function(*args)
-            lists = [x for x in args if isinstance(x, list)]
-            if torch.is_grad_enabled() and any(x.requires_grad for xs in lists for x in xs if isinstance(x, Tensor)):
+            tensors = [x for xs in args if isinstance(xs, list) for x in xs if isinstance(x, Tensor)]
+            if choice is not None and not choose(choice, tensors[0].device):
+                return function(*args)
+            if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                 return function(*args)
             return operation(*args)
 

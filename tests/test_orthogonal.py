@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 import hbfunc
+from hbfunc.devices import CHOICES
 from hbfunc.linalg import polar
 
 F64 = torch.float64
@@ -158,6 +159,7 @@ def test_the_graph_grows_with_the_shapes_and_not_the_layers(monkeypatch, dtype, 
     """Three products per iteration of a square matrix. The Gram form of a wide one: x at both ends, again after
     two iterations in bfloat16, and up to four small ones per iteration, none of them between the ends of a run."""
     monkeypatch.setattr(polar, "product_dtype", lambda x: dtype)
+    monkeypatch.setitem(CHOICES, "call_products", CHOICES["call_products"]._replace(cpu=False))
 
     def products(layers):
         graphs = []
@@ -172,6 +174,8 @@ def test_the_graph_grows_with_the_shapes_and_not_the_layers(monkeypatch, dtype, 
         return sum("mm." in str(node.target) for node in graphs[0].graph.nodes)
 
     assert products(12) == products(2) == 5 * 3 + wide
+    monkeypatch.undo()
+    assert products(12) == products(2) == 0  # on the CPU all of them are in calls
 
 
 def test_lanes_equal_runs_alone():

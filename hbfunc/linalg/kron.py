@@ -22,12 +22,14 @@ from torch import Tensor
 from hbfunc.autocast import own_precision
 from hbfunc.linalg.modes import map_rows, multiply, outer_product, rows
 from hbfunc.linalg.triangular import (
+    clear_below_diagonal,
     column_norms,
     minus_upper_times,
     times_upper,
     times_upper_transposed,
     upper_gram,
 )
+from hbfunc.opaque import none_known, writable
 
 # Step sizes are relative to the curvature met. Where all gradients are zero the factors grow, and the curvature falls;
 # with this floor they stop where P is still finite in float32.
@@ -113,7 +115,7 @@ def norm_lower_bound(xs: Sequence[Tensor], parts: list[Tensor]) -> Tensor:
     # The largest entry of a Gram matrix is on its diagonal.
     largest = torch.cat([part.diagonal(0, -2, -1) for part in parts], -1).amax(-1)[..., None, None]
     root = largest.clamp(min=tiny).sqrt()
-    index = column_norms([part * root**-2 for part in parts]).argmax(-1)[..., None, None]
+    index = column_norms(parts, root**-2).argmax(-1)[..., None, None]
     # Twice: what is a product of matrices stays one, where compilers make slow loops of products with a vector.
     column = _gram_times(xs, [x.gather(-1, index.expand(*x.shape[:-1], 2)) / root for x in xs]) / root
     y = _gram_times(xs, [x @ column / root for x in xs]) / root
@@ -133,7 +135,7 @@ def balance(qs: Sequence[Tensor], lead: int = 1, where: Tensor | None = None) ->
 
     qs: as matrices, diagonals or packed. where: bool, the stacked tensors whose factors are balanced; None for all.
     """
-    if len(qs) == 1:
+    if len(qs) == 1 or (where is not None and none_known(where)):
         return list(qs)
     largest = torch.stack([q.abs().flatten(lead).amax(-1) for q in qs])
     scales = (largest ** (1 / len(qs))).prod(0) / largest
@@ -145,7 +147,7 @@ def pack(q: Tensor) -> Tensor:
     """The upper triangle of q [..., n, n], row by row: [..., n (n + 1) / 2]. No rounding."""
     n = q.shape[-1]
     i, j = torch.triu_indices(n, n, device=q.device)
-    return q.flatten(-2)[..., i * n + j]
+    return q.flatten(-2).index_select(-1, i * n + j)
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
@@ -153,7 +155,9 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     steps = torch.arange(n - 1, -1, -1, device=packed.device)
     # Where each row would start with all n columns. A sum, and no formula, which compilers fold into every element.
     rows = (steps.cumsum(0) - steps).unsqueeze(-1)
-    return packed[..., rows + torch.arange(n, device=packed.device)].triu()
+    columns = torch.arange(n, device=packed.device)
+    full = packed.index_select(-1, (rows + columns).flatten()).unflatten(-1, (n, n))
+    return clear_below_diagonal(full)
 
 
 def _whiten(qs: Sequence[Tensor], x: Tensor, transposed: bool = False, dense: bool = False) -> Tensor:
@@ -186,7 +190,11 @@ def _step(q: Tensor, a: Tensor, b: Tensor, mode: int, order: int, lr: float | Te
     ra, rb = rows(a, mode, order), rows(b, mode, order)
     pairs = list(zip(upper_gram(ra), upper_gram(rb), strict=True))  # of T1 and T2
     norm = norm_lower_bound([ra, rb], [t1 + t2 for t1, t2 in pairs]).clamp(min=_SMALLEST)[..., None, None]
-    return minus_upper_times(q, [(t1 - t2).triu() * (lr / norm) for t1, t2 in pairs])
+    scale = (lr / norm).to(q.dtype)
+    parts = [writable(t1, t2, scale).sub_(t2).mul_(scale) for t1, t2 in pairs]
+    for part in parts:
+        clear_below_diagonal(part[..., : part.shape[-2]])
+    return minus_upper_times(q, parts)
 
 
 def _dense_step(q: Tensor, size: Tensor, a: Tensor, mode: int, order: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hbfunc.autocast import own_precision
 from hbfunc.devices import choose
 from hbfunc.forms import short
+from hbfunc.opaque import called
 from hbfunc.ranges import check_choice, check_int, check_number
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -114,9 +115,11 @@ class _Iteration(NamedTuple):
     def __call__(self, x: Tensor, steps: int | None) -> Tensor:
         x = x / (self.factor * _norm(x) + self.eps)
         if steps is None or steps == len(self.coefficients):
-            return _iterate(x, self.coefficients, self.half_runs)
-        last = len(self.coefficients) - 1
-        return _iterate(x, [self.coefficients[min(i, last)] for i in range(steps)], ())
+            coefficients, half_runs = self.coefficients, self.half_runs
+        else:
+            last = len(self.coefficients) - 1
+            coefficients, half_runs = [self.coefficients[min(i, last)] for i in range(steps)], ()
+        return polar_iteration([x], [float(number) for abc in coefficients for number in abc], list(half_runs))[0]
 
 
 _NEWTON_SCHULZ = _Iteration(_QUINTIC, _QUINTIC_RUNS)
@@ -128,10 +131,24 @@ _ITERATIONS = {
 METHODS = ("newtonschulz", "polar_express", "svd", "qr")
 
 
+@called(
+    "(Tensor[] xs, float[] numbers, int[] half_runs)",
+    like=lambda xs, *_: [_in_products(x) for x in xs],
+    choice="call_products",
+)
+def polar_iteration(xs: list[Tensor], numbers: list[float], half_runs: list[int]) -> list[Tensor]:
+    """All iterations of each stack in xs; numbers: the coefficients a, b, c of each."""
+    coefficients = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+    return [_iterate(_in_products(x), coefficients, half_runs).contiguous() for x in xs]
+
+
+def _in_products(x: Tensor) -> Tensor:
+    return x.to(product_dtype(x))
+
+
 def _iterate(x: Tensor, coefficients: Coefficients, half_runs: Sequence[int]) -> Tensor:
     if x.shape[-2] > x.shape[-1]:
         return _iterate(x.transpose(-2, -1), coefficients, half_runs).transpose(-2, -1)
-    x = x.to(product_dtype(x))
     runs = half_runs if x.dtype == torch.bfloat16 else (len(coefficients),)
     if not half_runs or 2 * x.shape[-1] <= 3 * x.shape[-2]:  # nearly square: less work with X
         runs = (1,) * len(coefficients)
@@ -153,10 +170,14 @@ def _product(gram: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
-    """a + b gram + c gram^2, summed before it is rounded: less than half the error, and no pass over x."""
-    wide = torch.promote_types(gram.dtype, torch.float32)
-    eye = torch.eye(gram.shape[-1], dtype=wide, device=gram.device)
-    return (a * eye + b * gram.to(wide) + c * (gram @ gram).to(wide)).to(gram.dtype)
+    """a + b gram + c gram^2. Low precisions are summed before they are rounded: less than half the error."""
+    if gram.dtype in (torch.float32, torch.float64):
+        flat = gram.reshape(-1, *gram.shape[-2:])
+        flat = torch.baddbmm(flat, flat, flat, beta=b, alpha=c)
+        flat.diagonal(0, -2, -1).add_(a)
+        return flat.reshape(gram.shape)
+    eye = torch.eye(gram.shape[-1], dtype=torch.float32, device=gram.device)
+    return (a * eye + b * gram.float() + c * (gram @ gram).float()).to(gram.dtype)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hbfunc.autocast import own_precision
 from hbfunc.devices import choose
+from hbfunc.opaque import writable
 
 
 def blocks(n: int, device: torch.device) -> list[slice]:
@@ -20,6 +21,12 @@ def blocks(n: int, device: torch.device) -> list[slice]:
     count = max(n // choose("triangular_block", device), 1)
     ends = [n * i // count for i in range(count + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def clear_below_diagonal(x: Tensor) -> Tensor:
+    """x.triu_(), for which torch.vmap has no rule."""
+    below = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril_(-1)
+    return x.masked_fill_(below, 0)
 
 
 @own_precision
@@ -39,12 +46,12 @@ def times_upper_transposed(x: Tensor, q: Tensor) -> Tensor:
 def minus_upper_times(q: Tensor, parts: list[Tensor]) -> Tensor:
     """q - t q for upper triangular q and t [..., n, n], of which `parts` has the rows that `upper_gram` gives."""
     columns = blocks(q.shape[-1], q.device)
-    rows = []
+    new = writable(q.clone(), *parts)
     for i, (at, t) in enumerate(zip(columns, parts, strict=True)):
         # The columns `to` of the product need t and q from the start of `at` to the end of `to`: elsewhere one is zero.
-        product = _joined([t[..., : to.stop - at.start] @ q[..., at.start : to.stop, to] for to in columns[i:]], -1)
-        rows.append(torch.nn.functional.pad(q[..., at, at.start :] - product, (at.start, 0)))
-    return _joined(rows, -2)
+        for to in columns[i:]:
+            new[..., at, to].sub_(t[..., : to.stop - at.start] @ q[..., at.start : to.stop, to])
+    return new
 
 
 @own_precision
@@ -55,10 +62,12 @@ def upper_gram(rows: Tensor) -> list[Tensor]:
 
 
 @own_precision
-def column_norms(parts: list[Tensor]) -> Tensor:
-    """Norms of the columns of a symmetric matrix, from what `upper_gram` gives of it: [..., n]."""
+def column_norms(parts: list[Tensor], scale: Tensor | float = 1.0) -> Tensor:
+    """Norms of the columns of scale times a symmetric matrix, from what `upper_gram` gives of it: [..., n]."""
     n = parts[0].shape[-1]
-    squares = [part.square() for part in parts]
+    squares = [part * scale for part in parts]
+    for square in squares:
+        square.mul_(square)
     # Sums over rows are slow loops on CPUs, as is what compilers make of products with one vector, but not with two.
     ones = torch.ones(2, n, dtype=parts[0].dtype, device=parts[0].device)
     sums = [(ones[:, : x.shape[-2]] @ x)[..., 0, :] for x in squares]

@@ -35,7 +35,7 @@ from hbfunc.buckets import Bucket
 from hbfunc.contract import Transform, remembered
 from hbfunc.forms import short
 from hbfunc.leaves import Flat, Layout, Leaves, State, compute_dtype, kept, scalar
-from hbfunc.linalg import kron
+from hbfunc.opaque import materialize
 from hbfunc.precision import STORAGE
 from hbfunc.ranges import check_choice, check_int, check_number
 from hbfunc.schedules import Number, at, count_zeros, increment
@@ -206,13 +206,9 @@ def scale_by_psgd(
             flat: list[Tensor] = []
             matrices: dict[str, list[Tensor]] = {}
             for (n, f), (t_n, due_n, balanced_n) in zip(active.items(), rows, strict=True):
-                qs, sizes = f.fit(stored[n], g[n], w[n], lr)
-                early = f.low or f.cached  # what is rounded, or squared, is balanced before
-                qs = f.rounded(kron.balance(qs, where=balanced_n) if early else qs, key, t_n, updates)
-                fitted = f.store(qs)
-                if not early:  # fewer elements than those of matrices, and the same P
-                    fitted = kron.balance(fitted, where=balanced_n)
-                fitted = [*fitted, *sizes]
+                qs, sizes = f.fit(stored[n], g[n], w[n], lr, balanced_n)
+                qs = f.rounded(qs, key, t_n, updates)
+                fitted = [*f.store(qs, balanced_n), *sizes]
                 if refresh is None:
                     fitted = [where(due_n, a, b) for a, b in zip(fitted, stored[n], strict=True)]
                 flat += fitted
@@ -229,7 +225,8 @@ def scale_by_psgd(
             # Blocks of one leaf are views of it, which a branch does not take.
             stacks = [*(x.clone() if split else x for x in g.values()), *(q for qs in old.values() for q in qs)]
             lr = scalar(precond_lr, torch.float64, t.device)
-            operands = [state["key"], keys, lr, t, due, words[:, 1] < _BALANCED, *stacks]
+            balanced = materialize(words[:, 1] < _BALANCED)  # once, and not again for the rows of each stack
+            operands = [state["key"], keys, lr, t, due, balanced, *stacks]
             if refresh:
                 flat, at_hand = fit(*operands)
                 new = _unflatten(flat, active)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from torch import Tensor
 from hbfunc.buckets import Bucket
 from hbfunc.leaves import Flat, scalar
 from hbfunc.linalg import kron
+from hbfunc.opaque import called
 from hbfunc.precision import round_each
+
+_LARGE = 2**18
 
 
 class Factors(NamedTuple):
@@ -43,30 +47,56 @@ class Factors(NamedTuple):
         stored = self.store([x.diag_embed() if t else x for x, t in zip(ones, self.triangular, strict=True)])
         return stored + [torch.zeros(k, dtype=self.dtype, device=device) for _ in shape if self.dense]
 
-    def fit(self, stored: Sequence[Tensor], g: Tensor, v: Tensor, lr: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The factors after a step of the fit, as matrices, and their sizes, which only dense ones have."""
-        qs = self.load(stored)
-        if self.dense:
-            return kron.fit_dense(qs, stored[-len(qs) :], g, v, lr)
-        return kron.fit(qs, kron.damp(g, v), v, lr), []
+    @property
+    def lines(self) -> list[bool]:
+        """Which factors are kept as lines."""
+        return [t and self.packed for t in self.triangular]
 
-    def store(self, qs: Sequence[Tensor]) -> list[Tensor]:
+    def fit(
+        self, stored: Sequence[Tensor], g: Tensor, v: Tensor, lr: Tensor, balanced: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The factors after a step of the fit, as matrices, and their sizes, which only dense ones have.
+
+        balanced: whose factors are balanced, [k]. Those that are kept as lines, as they are, are balanced in `store`:
+        fewer elements than those of matrices, and the same P.
+        """
+        qs = self.load(stored)
+        sizes = list(stored[-len(qs) :]) if self.dense else []
+        new = self._run(fit_factors, qs, sizes, [g, v], [lr], [] if self._late else [balanced])
+        return new[: len(qs)], new[len(qs) :]
+
+    def store(self, qs: Sequence[Tensor], balanced: Tensor | None = None) -> list[Tensor]:
         """The factors in the form in which they are kept."""
         qs = [q.to(self.kept_in) for q in qs]
-        cache = kron.gram([q.to(self.dtype) for q in qs], dense=self.dense) if self.cached else []
-        return [kron.pack(q) if t and self.packed else q for q, t in zip(qs, self.triangular, strict=True)] + cache
+        cache = self._run(gram_factors, [q.to(self.dtype) for q in qs], self.dense) if self.cached else []
+        if any(self.lines):
+            qs = self._run(lines_of_factors, qs, self.lines, [balanced] if self._late and balanced is not None else [])
+        return [*qs, *cache]
+
+    def _run(self, function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+        """function(*args), called from a compiled graph, but where large factors are diagonal: loops over elements are
+        what a compiler is good at."""
+        loops = not any(self.triangular) and len(self.bucket.blocks) * math.prod(self.bucket.shape) > _LARGE
+        return (function.__wrapped__ if loops else function)(*args)  # type: ignore[attr-defined]
+
+    @property
+    def _late(self) -> bool:
+        return any(self.lines) and not self.low and not self.cached
 
     def load(self, stored: Sequence[Tensor]) -> list[Tensor]:
         """The factors in the dtype of the computation, triangles as matrices."""
-        factors = zip(stored, self.bucket.shape, self.triangular, strict=False)
-        return [(kron.unpack(q, n) if t and self.packed else q).to(self.dtype) for q, n, t in factors]
+        qs = list(stored[: len(self.bucket.shape)])
+        lines = [q for q, line in zip(qs, self.lines, strict=True) if line]
+        sizes = [n for n, line in zip(self.bucket.shape, self.lines, strict=True) if line]
+        full = iter(factors_of_lines(lines, sizes) if lines else [])
+        return [(next(full) if line else q).to(self.dtype) for q, line in zip(qs, self.lines, strict=True)]
 
     def apply(self, stored: Sequence[Tensor], x: Tensor, qs: Sequence[Tensor] | None = None) -> Tensor:
         """kron(Q^T Q) x. qs: the factors as matrices, if they are at hand, else they are loaded from `stored`."""
         if self.cached:
             order = len(self.bucket.shape)
-            return kron.apply_gram(stored[order : 2 * order], x)
-        return kron.apply(self.load(stored) if qs is None else qs, x, self.dense)
+            return self._run(apply_gram_factors, list(stored[order : 2 * order]), [x])[0]
+        return self._run(apply_factors, self.load(stored) if qs is None else list(qs), [x], self.dense)[0]
 
     def rounded(self, qs: Sequence[Tensor], key: Tensor, t: Tensor, leaves: Flat) -> list[Tensor]:
         """The factors in bfloat16, if they are kept so, each row rounded stochastically with its own key."""
@@ -76,3 +106,70 @@ class Factors(NamedTuple):
         rows = {f"{b}/Q_{d}": x for d, q in enumerate(qs) for b, x in zip(blocks, q.unbind(), strict=True)}
         low = list(round_each(rows, key, dict(zip(rows, [*t.unbind()] * len(qs), strict=True))).values())
         return [torch.stack(low[d * len(blocks) :][: len(blocks)]) for d in range(len(qs))]
+
+
+# What a compiled step calls on CPUs: products, and passes over factors that are as large as they are. See `called`.
+
+
+@called(
+    "(Tensor[] qs, Tensor[] sizes, Tensor[] gv, Tensor[] lr, Tensor[] balanced)",
+    like=lambda qs, sizes, *_: [*qs, *sizes],
+    choice="call_products",
+)
+def fit_factors(
+    qs: list[Tensor], sizes: list[Tensor], gv: list[Tensor], lr: list[Tensor], balanced: list[Tensor]
+) -> list[Tensor]:
+    """The factors qs after one step of the fit, and their sizes: dense ones have some. gv: gradients and probes."""
+    g, v = gv
+    if sizes:
+        new, sizes = kron.fit_dense(qs, sizes, g, v, lr[0])
+    else:
+        new, sizes = kron.fit(qs, kron.damp(g, v), v, lr[0]), []
+    return [x.contiguous() for x in (*(kron.balance(new, where=balanced[0]) if balanced else new), *sizes)]
+
+
+@called(
+    "(Tensor[] qs, bool[] lines, Tensor[] balanced)",
+    like=lambda qs, lines, _: [_line(q) if line else q for q, line in zip(qs, lines, strict=True)],
+    choice="call_products",
+)
+def lines_of_factors(qs: list[Tensor], lines: list[bool], balanced: list[Tensor]) -> list[Tensor]:
+    """The factors with some of them as lines, balanced where that is given."""
+    stored = [
+        kron.pack(q) if line else q.clone(memory_format=torch.contiguous_format)
+        for q, line in zip(qs, lines, strict=True)
+    ]
+    return kron.balance(stored, where=balanced[0]) if balanced else stored
+
+
+def _line(q: Tensor) -> Tensor:
+    n = q.shape[-1]
+    return q.new_empty(*q.shape[:-2], n * (n + 1) // 2)
+
+
+@called(
+    "(Tensor[] lines, int[] sizes)",
+    like=lambda lines, sizes: [x.new_empty(*x.shape[:-1], n, n) for x, n in zip(lines, sizes, strict=True)],
+    choice="call_products",
+)
+def factors_of_lines(lines: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """The inverse of `lines_of_factors` for those that are lines."""
+    return [kron.unpack(x, n) for x, n in zip(lines, sizes, strict=True)]
+
+
+@called("(Tensor[] qs, Tensor[] xs, bool dense)", like=lambda _, xs, dense: xs, choice="call_products")
+def apply_factors(qs: list[Tensor], xs: list[Tensor], dense: bool) -> list[Tensor]:
+    """kron(Q^T Q) x for each x."""
+    return [kron.apply(qs, x, dense) for x in xs]
+
+
+@called("(Tensor[] qs, bool dense)", like=lambda qs, dense: qs, choice="call_products")
+def gram_factors(qs: list[Tensor], dense: bool) -> list[Tensor]:
+    """Q^T Q for each Q."""
+    return [x.contiguous() for x in kron.gram(qs, dense=dense)]
+
+
+@called("(Tensor[] ps, Tensor[] xs)", like=lambda _, xs: xs, choice="call_products")
+def apply_gram_factors(ps: list[Tensor], xs: list[Tensor]) -> list[Tensor]:
+    """kron(P) x for each x, with the products P = Q^T Q."""
+    return [kron.apply_gram(ps, x) for x in xs]
