@@ -74,6 +74,9 @@ def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.view(dtype) if _VIEWS or not mapped() else torch.ops.hbfunc.reinterpret(x, dtype)
 
 
+CALLED: dict[str, Any] = {}  # the operations of all functions that are called, by name
+
+
 def called(
     schema: str, like: Callable[..., Sequence[Tensor]], choice: str | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -96,7 +99,7 @@ def called(
         _OPS.define(f"{name}{schema} -> Tensor[]", tags=(torch.Tag.cudagraph_unsafe,))
         _OPS.impl(name, lambda *args: list(function(*args)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"hbfunc::{name}", lambda *args: [_blank(x) for x in like(*args)], lib=_OPS)
-        operation = getattr(torch.ops.hbfunc, name)
+        operation = CALLED[name] = getattr(torch.ops.hbfunc, name)
 
         @wraps(function)
         def call(*args: Any) -> Any:
