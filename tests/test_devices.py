@@ -24,7 +24,7 @@ def test_the_table_is_the_only_place() -> None:
     looks = {name for name, text in code.items() if re.search(r"is_cuda|device\.type", text)}
     # Whether a number is known to the host, for a schedule of refreshes.
     assert looks == {"transforms/psgd.py", "transforms/soap.py"}
-    asked = set(re.findall(r'choose\("(\w+)"', "".join(p.read_text() for p in ROOT.rglob("*.py"))))
+    asked = set(re.findall(r'(?:choose\(|choice=)"(\w+)"', "".join(p.read_text() for p in ROOT.rglob("*.py"))))
     assert asked == set(CHOICES)
     assert all(choice.reason and choice.source for choice in CHOICES.values())
 
