@@ -25,6 +25,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,9 @@ def peers() -> dict[str, tuple[float, Contender]]:
             ),
         ),
     }
+    # Our SOAP as other packages have it by default: what a rarer refresh costs in steps.
+    rare = partial(hbfunc.SOAP, precondition_frequency=10)
+    made["soap, every 10 steps"] = (0.003, peer(lambda m, lr, d, n: [rare(m.parameters(), lr=lr, weight_decay=d)]))
     if hasattr(torch.optim, "Muon"):
         made["torch Muon"] = (0.0025, peer(muon))
     if free := schedulefree():
