@@ -25,7 +25,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 import hbfunc
 from hbfunc import schedules, sweep
 from hbfunc.optimizers.base import RecipeOptimizer
-from hbfunc.race.recipes import recipes
+from hbfunc.race.recipes import recipes, schedule
 from hbfunc.race.tasks import ALPHABET, CONTEXT, CharacterModel, encode
 
 Params = dict[str, Tensor]
@@ -144,16 +143,24 @@ def evaluations(steps: int) -> int:
     return max(1, steps // 40)
 
 
-def ours(title: str) -> Contender:
+# Classes with options that are not their defaults, to see what a difference between rows is due to.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "soap, every 10 steps": ("soap", {"precondition_frequency": 10}),  # the default of other packages
+    "psgd_kron, precond_lr 0.3": ("psgd_kron", {"precond_lr": 0.3}),  # the fit is done in a third of the steps
+}
+
+
+def ours(title: str, **options: Any) -> Contender:
     """A class of this library: its lanes are those of one sweep."""
     cls: type[RecipeOptimizer] = BY_TITLE[title]
     entry = recipes()[title]
+    refresh = schedule(cls.functional(lr=0.0, **options)) if options else entry.refresh
 
     def run(task: Text, lanes: Sequence[Lane], steps: int) -> Runs:
         def make(lr: Any, weight_decay: Any) -> hbfunc.Transform:
             if entry.evaluate:
-                return cls.functional(lr=lr, weight_decay=weight_decay, warmup_steps=rising(steps))
-            one = cls.functional(lr=rate(lr, steps), weight_decay=weight_decay)
+                return cls.functional(lr=lr, weight_decay=weight_decay, warmup_steps=rising(steps), **options)
+            one = cls.functional(lr=rate(lr, steps), weight_decay=weight_decay, **options)
             if not cls.for_matrices:
                 return one
             return hbfunc.matrices_to(one, rest=hbfunc.adamw(lr=rate(0.3 * lr, steps), weight_decay=weight_decay))
@@ -174,7 +181,7 @@ def ours(title: str) -> Contender:
             {"lr": torch.tensor(lr), "weight_decay": torch.tensor(decay), "seed": torch.tensor(seed)},
             task.batch,
             steps=steps,
-            refresh=entry.refresh,
+            refresh=refresh,
             evaluate=evaluate,
             every=evaluations(steps),
             lane_batches=False,
@@ -260,9 +267,6 @@ def peers() -> dict[str, tuple[float, Contender]]:
             ),
         ),
     }
-    # Our SOAP as other packages have it by default: what a rarer refresh costs in steps.
-    rare = partial(hbfunc.SOAP, precondition_frequency=10)
-    made["soap, every 10 steps"] = (0.003, peer(lambda m, lr, d, n: [rare(m.parameters(), lr=lr, weight_decay=d)]))
     if hasattr(torch.optim, "Muon"):
         made["torch Muon"] = (0.0025, peer(muon))
     if free := schedulefree():
@@ -296,8 +300,10 @@ def peers() -> dict[str, tuple[float, Contender]]:
 
 
 def contenders(names: Sequence[str] | None = None) -> dict[str, tuple[float, Contender]]:
-    """All of them, or those named: the default learning rate, and what trains."""
-    known = {title: (float(cls.arguments()["lr"].default), ours(title)) for title, cls in BY_TITLE.items()} | peers()
+    """All of them, or those that `names` has: the default learning rate, and what trains."""
+    known = {title: (float(cls.arguments()["lr"].default), ours(title)) for title, cls in BY_TITLE.items()}
+    known |= {name: (known[title][0], ours(title, **options)) for name, (title, options) in VARIANTS.items()}
+    known |= peers()
     if names is None:
         return known
     if missing := [name for name in names if name not in known]:

@@ -23,6 +23,7 @@ _LR, _DUE = torch.tensor(0.1, dtype=F64), torch.tensor([True, False])
 # Arguments of each: with what is optional and without.
 ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "refreshed_bases": [([0], [torch.eye(4).repeat(2, 1, 1)], [torch.eye(4).repeat(2, 1, 1)], [], [], "householder")],
+    "eigenvectors": [([torch.eye(3).repeat(2, 1, 1)],)],
     "polar_iteration": [([_X], [2.0, -1.5, 0.5] * 2, runs) for runs in ([], [2])],
     "fit_factors": [(_QS, [], [_X, _V], [_LR], balanced) for balanced in ([], [_DUE], [~_DUE & _DUE])]
     + [(_QS, [torch.ones(2, dtype=F64)] * 2, [_X, _V], [_LR], [_DUE])],
