@@ -955,7 +955,7 @@ def test_one_by_one_a_second_step_does_what_the_first_left(monkeypatch):
     [
         ("ForeachSOAP", "hbfunc.transforms.soap.bases.refresh"),
         ("ForeachSOAP", "hbfunc.transforms.soap.bases.eigenbasis"),
-        ("ForeachPSGDKron", "hbfunc.transforms.psgd.kron.fit"),
+        ("ForeachPSGDKron", "hbfunc.transforms.psgd_factors.kron.fit"),
     ],
 )
 @pytest.mark.parametrize("groups", [1, 2])
