@@ -24,9 +24,13 @@ def blocks(n: int, device: torch.device) -> list[slice]:
 
 
 def clear_below_diagonal(x: Tensor) -> Tensor:
-    """x.triu_(), for which torch.vmap has no rule."""
-    below = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril_(-1)
-    return x.masked_fill_(below, 0)
+    """x.triu_() for square x, for which torch.vmap has no rule."""
+    for at in blocks(x.shape[-1], x.device):
+        if at.start:
+            x[..., at, : at.start].zero_()
+        below = torch.ones(at.stop - at.start, at.stop - at.start, dtype=torch.bool, device=x.device).tril_(-1)
+        x[..., at, at].masked_fill_(below, 0)
+    return x
 
 
 @own_precision
