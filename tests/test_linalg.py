@@ -227,6 +227,7 @@ def test_where_float32_does_not_converge_float64_is_computed(monkeypatch):
     close(torch.vmap(eigenbasis)(gg), expected, 1e-6)
     close(torch.func.grad(lambda g: eigenbasis(g)[0, 0, 0])(gg).double(), slope, 1e-4)
     close(torch.compile(eigenbasis, backend="aot_eager", fullgraph=True)(gg), expected, 1e-6)
+    close(torch.compile(torch.vmap(eigenbasis), backend="aot_eager", fullgraph=True)(gg), expected, 1e-6)
     monkeypatch.setattr(torch.linalg, "eigh", lambda x: eigh(x.float()))
     with pytest.raises(torch.linalg.LinAlgError):
         eigenbasis(gg.double())

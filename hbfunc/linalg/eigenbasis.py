@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -46,21 +47,18 @@ def eigenbasis(gg: Tensor) -> Tensor:
 def eigenvectors(xs: list[Tensor]) -> list[Tensor]:
     """Eigenvectors of each symmetric x [..., n, n], as columns, by ascending eigenvalue.
 
-    On CPUs the divide-and-conquer of LAPACK's ssyevd gives up on some low-rank Gram matrices (6% of random ones): those
-    of an embedding that met a few tokens, for example. In float64 it finds their vectors.
+    In float64 where float32 fails. On CPUs the divide-and-conquer of LAPACK's ssyevd gives up on some low-rank Gram
+    matrices (6% of random ones): those of an embedding that met a few tokens, for example.
     """
     return [_eigenvectors(x).contiguous() for x in xs]
 
 
 def _eigenvectors(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # under a function transform, where a graph cannot know of a failure
-        return torch.linalg.eigh(x).eigenvectors
-    try:
-        return torch.linalg.eigh(x).eigenvectors
-    except torch.linalg.LinAlgError:
-        if x.dtype == torch.float64:
-            raise
-        return torch.linalg.eigh(x.double()).eigenvectors.to(x.dtype)
+    # Under a function transform a graph is not called, and knows of no failure.
+    if x.dtype != torch.float64 and not torch.compiler.is_compiling():
+        with suppress(torch.linalg.LinAlgError):
+            return torch.linalg.eigh(x).eigenvectors
+    return torch.linalg.eigh(x.double()).eigenvectors.to(x.dtype)
 
 
 @own_precision
