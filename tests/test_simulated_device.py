@@ -28,7 +28,7 @@ ONCE = {
     "read _local_scalar_dense in optim/wrapped._as_written": "numbers of a transform become options of a param group",
     "read _to_copy in optim/unit.<dictcomp>": "the key of a schedule of refreshes, at its first step",
     "read tolist in optim/unit.due": "the counts of steps, where refreshes are first decided",
-    "wait _linalg_eigh in linalg/eigenbasis.eigenbasis": "SOAP's first step, which moves nothing",
+    "wait _linalg_eigh in linalg/eigenbasis._eigenvectors": "SOAP's first step, which moves nothing",
 }
 EVERY_STEP = {
     "read _local_scalar_dense in branch.branch": "eager refresh=None: Python decides; in a graph it is a torch.cond",
