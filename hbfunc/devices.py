@@ -6,6 +6,7 @@ no code. "Other" is every device but the CPU, tensors without values (meta) amon
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -45,11 +46,12 @@ CHOICES: dict[str, Choice] = {
         "benchmarks/results for CPUs; not measured on a GPU",
     ),
     "call_products": Choice(
-        True,
-        False,
-        "whether a compiled step calls the chains of matrix products of Muon and PSGD as they are: on CPUs they are "
-        "products and little else, and to compile around them is a minute or more of start-up; on GPUs compiling saves "
-        "launches and passes over memory, and CUDA graphs are captured",
+        2**17,
+        math.inf,
+        "entries from which on a compiled step calls the chains of matrix products of Muon and PSGD as they are: on "
+        "CPUs they are products and little else, and to compile around them is a minute or more of start-up; of small "
+        "matrices the calls themselves would be the time; on GPUs compiling saves launches and passes over memory, and "
+        "CUDA graphs are captured",
         "benchmarks/README.md, start-up, for CPUs; not measured on a GPU",
     ),
     "autotune": Choice(

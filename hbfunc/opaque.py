@@ -86,7 +86,7 @@ def called(
     For work that a compiler could only call in turn (decompositions, matrix products), so that tracing it and making
     code around it is time lost. schema: of the arguments, as `torch.library.define` has it. like: the function of the
     same arguments that gives tensors of the form of those that the function returns, which are new and contiguous.
-    choice: of `hbfunc.devices`, on which devices; by default on all.
+    choice: of `hbfunc.devices`, from how many entries of all tensors on; by default from none.
 
     CUDA graphs are captured before and behind such a call: whether a decomposition of CUDA's libraries may be captured
     depends on the version and on the form of the matrices.
@@ -106,7 +106,7 @@ def called(
             if not torch.compiler.is_compiling() or mapped():
                 return function(*args)
             tensors = [x for xs in args if isinstance(xs, list) for x in xs if isinstance(x, Tensor)]
-            if choice is not None and not choose(choice, tensors[0].device):
+            if choice is not None and sum(x.numel() for x in tensors) < choose(choice, tensors[0].device):
                 return function(*args)
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                 return function(*args)

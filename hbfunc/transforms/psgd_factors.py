@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +13,6 @@ from hbfunc.leaves import Flat, scalar
 from hbfunc.linalg import kron
 from hbfunc.opaque import called
 from hbfunc.precision import round_each
-
-_LARGE = 2**18
 
 
 class Factors(NamedTuple):
@@ -74,10 +71,9 @@ class Factors(NamedTuple):
         return [*qs, *cache]
 
     def _run(self, function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
-        """function(*args), called from a compiled graph, but where large factors are diagonal: loops over elements are
+        """function(*args), called from a compiled graph, but where all factors are diagonal: loops over elements are
         what a compiler is good at."""
-        loops = not any(self.triangular) and len(self.bucket.blocks) * math.prod(self.bucket.shape) > _LARGE
-        return (function.__wrapped__ if loops else function)(*args)  # type: ignore[attr-defined]
+        return (function if any(self.triangular) else function.__wrapped__)(*args)  # type: ignore[attr-defined]
 
     @property
     def _late(self) -> bool:
