@@ -154,7 +154,6 @@ def ours(title: str, **options: Any) -> Contender:
     """A class of this library: its lanes are those of one sweep."""
     cls: type[RecipeOptimizer] = BY_TITLE[title]
     entry = recipes()[title]
-    refresh = schedule(cls.functional(lr=0.0, **options)) if options else entry.refresh
 
     def run(task: Text, lanes: Sequence[Lane], steps: int) -> Runs:
         def make(lr: Any, weight_decay: Any) -> hbfunc.Transform:
@@ -181,7 +180,7 @@ def ours(title: str, **options: Any) -> Contender:
             {"lr": torch.tensor(lr), "weight_decay": torch.tensor(decay), "seed": torch.tensor(seed)},
             task.batch,
             steps=steps,
-            refresh=refresh,
+            refresh=schedule(make(0.0, 0.0)),
             evaluate=evaluate,
             every=evaluations(steps),
             lane_batches=False,

@@ -85,7 +85,7 @@ def called(
 
     For work that a compiler could only call in turn (decompositions, matrix products), so that tracing it and making
     code around it is time lost. schema: of the arguments, as `torch.library.define` has it. like: the function of the
-    same arguments that gives tensors of the form of those that the function returns, which are new and contiguous.
+    same arguments that gives tensors of the form of those that the function returns, which are new.
     choice: of `hbfunc.devices`, from how many entries of all tensors on; by default from none.
 
     CUDA graphs are captured before and behind such a call: whether a decomposition of CUDA's libraries may be captured
@@ -97,7 +97,7 @@ def called(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.strip("_")
         _OPS.define(f"{name}{schema} -> Tensor[]", tags=(torch.Tag.cudagraph_unsafe,))
-        _OPS.impl(name, lambda *args: list(function(*args)), "CompositeExplicitAutograd")
+        _OPS.impl(name, lambda *args: [x.contiguous() for x in function(*args)], "CompositeExplicitAutograd")
         torch.library.register_fake(f"hbfunc::{name}", lambda *args: [_blank(x) for x in like(*args)], lib=_OPS)
         operation = CALLED[name] = getattr(torch.ops.hbfunc, name)
 

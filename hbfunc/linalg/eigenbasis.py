@@ -50,7 +50,7 @@ def eigenvectors(xs: list[Tensor]) -> list[Tensor]:
     In float64 where float32 fails. On CPUs the divide-and-conquer of LAPACK's ssyevd gives up on some low-rank Gram
     matrices (6% of random ones): those of an embedding that met a few tokens, for example.
     """
-    return [_eigenvectors(x).contiguous() for x in xs]
+    return [_eigenvectors(x) for x in xs]
 
 
 def _eigenvectors(x: Tensor) -> Tensor:
@@ -189,4 +189,4 @@ def refreshed_bases(
     for m in rotated:
         before, now = ([qs.get(d) for d in range(m.ndim - 1)] for qs in (old, new))
         means.append(project(project_back(m, before), now))
-    return [x.contiguous() for x in (*new.values(), *means, *squares)]
+    return [*new.values(), *means, *squares]

@@ -160,7 +160,7 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 
 
 def _index_dtype(n: int) -> torch.dtype:
-    """That of indices of the entries of a matrix: on CPUs half the bytes are half the time."""
+    """Dtype of the indices of a matrix's entries: of half the bytes where they fit, which CPUs gather faster with."""
     return torch.int32 if n < 2**15 else torch.int64
 
 

@@ -139,7 +139,7 @@ METHODS = ("newtonschulz", "polar_express", "svd", "qr")
 def polar_iteration(xs: list[Tensor], numbers: list[float], half_runs: list[int]) -> list[Tensor]:
     """All iterations of each stack in xs; numbers: the coefficients a, b, c of each."""
     coefficients = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
-    return [_iterate(_in_products(x), coefficients, half_runs).contiguous() for x in xs]
+    return [_iterate(_in_products(x), coefficients, half_runs) for x in xs]
 
 
 def _in_products(x: Tensor) -> Tensor:

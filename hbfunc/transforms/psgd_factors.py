@@ -46,7 +46,7 @@ class Factors(NamedTuple):
 
     @property
     def lines(self) -> list[bool]:
-        """Which factors are kept as lines."""
+        """Flags of the factors that are kept as lines."""
         return [t and self.packed for t in self.triangular]
 
     def fit(
@@ -121,7 +121,7 @@ def fit_factors(
         new, sizes = kron.fit_dense(qs, sizes, g, v, lr[0])
     else:
         new, sizes = kron.fit(qs, kron.damp(g, v), v, lr[0]), []
-    return [x.contiguous() for x in (*(kron.balance(new, where=balanced[0]) if balanced else new), *sizes)]
+    return [*(kron.balance(new, where=balanced[0]) if balanced else new), *sizes]
 
 
 @called(
@@ -131,10 +131,7 @@ def fit_factors(
 )
 def lines_of_factors(qs: list[Tensor], lines: list[bool], balanced: list[Tensor]) -> list[Tensor]:
     """The factors with some of them as lines, balanced where that is given."""
-    stored = [
-        kron.pack(q) if line else q.clone(memory_format=torch.contiguous_format)
-        for q, line in zip(qs, lines, strict=True)
-    ]
+    stored = [kron.pack(q) if line else q.clone() for q, line in zip(qs, lines, strict=True)]
     return kron.balance(stored, where=balanced[0]) if balanced else stored
 
 
@@ -162,7 +159,7 @@ def apply_factors(qs: list[Tensor], xs: list[Tensor], dense: bool) -> list[Tenso
 @called("(Tensor[] qs, bool dense)", like=lambda qs, dense: qs, choice="call_products")
 def gram_factors(qs: list[Tensor], dense: bool) -> list[Tensor]:
     """Q^T Q for each Q."""
-    return [x.contiguous() for x in kron.gram(qs, dense=dense)]
+    return kron.gram(qs, dense=dense)
 
 
 @called("(Tensor[] ps, Tensor[] xs)", like=lambda _, xs: xs, choice="call_products")
